@@ -1,0 +1,1 @@
+"""GGUF: reader, writer, block types, names, configuration and vocabulary."""

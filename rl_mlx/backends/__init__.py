@@ -1,0 +1,1 @@
+"""Backends: what makes tokens (MLX, llama.cpp, a fake for tests)."""

@@ -1,0 +1,1 @@
+"""The built-in demo model: its text, its training script, its weights."""

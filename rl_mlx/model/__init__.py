@@ -1,0 +1,1 @@
+"""The decoder in MLX: attention, rope, norms, mlp, moe, and one small file per family."""

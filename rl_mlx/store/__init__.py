@@ -1,0 +1,1 @@
+"""Model references: from what a user types to files on disk."""

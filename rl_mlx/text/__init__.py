@@ -1,0 +1,1 @@
+"""Tokenizer, UTF-8-safe detokenizer and chat templates."""
