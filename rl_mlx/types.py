@@ -117,7 +117,9 @@ def _check_number(name: str, value: Any, low: float, high: float, *, closed: boo
         raise InvalidRequest(f"{name} must be a finite number, not {value!r}")
     if value > high or value < low or (value == low and not closed):
         bracket = "at least" if closed else "above"
-        raise InvalidRequest(f"{name} must be {bracket} {low:g} and at most {high:g}, not {value:g}")
+        raise InvalidRequest(
+            f"{name} must be {bracket} {low:g} and at most {high:g}, not {value:g}"
+        )
 
 
 def _check_count(name: str, value: Any, lowest: int | None) -> None:

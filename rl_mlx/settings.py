@@ -1,0 +1,122 @@
+"""Settings as frozen dataclasses: flags over environment over ``config.toml`` over the defaults here."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rl_mlx.errors import InvalidRequest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DTYPES = ("float32", "float16", "bfloat16")
+KV_BITS = (4, 6, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """How a model is loaded; the keyword arguments of ``LLM``.
+
+    ``backend``: ``auto``, ``mlx``, ``llama.cpp`` or the URL of an OpenAI-compatible server. ``draft``: a model
+    reference, ``lookup``, ``auto`` or None. ``context``: tokens, None for the model's own. ``kv_bits``: 8, 6, 4
+    or None for the compute type. ``memory``: a budget in bytes, or a string such as ``"12GB"`` or ``"80%"``.
+    ``dtype``: ``float32``, ``float16``, ``bfloat16``, or None for what suits the device.
+    """
+
+    backend: str = "auto"
+    draft: str | None = None
+    context: int | None = None
+    kv_bits: int | None = None
+    memory: int | str | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise InvalidRequest(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        if self.kv_bits is not None and self.kv_bits not in KV_BITS:
+            raise InvalidRequest(f"kv_bits must be 4, 6 or 8, not {self.kv_bits!r}")
+        if self.context is not None and (not isinstance(self.context, int) or self.context < 1):
+            raise InvalidRequest(f"context must be at least 1 token, not {self.context!r}")
+        if self.memory is not None:
+            parse_memory(self.memory, total=1 << 40)
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_memory(text: int | str, total: int) -> int:
+    """Bytes from ``8000000000``, ``"8GB"``, ``"8GiB"``, ``"8g"`` or a share of ``total`` as ``"75%"``."""
+    if isinstance(text, int) and not isinstance(text, bool):
+        size = float(text)
+    else:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[kmgt]?i?b?)", str(text).strip().lower())
+        if match is None:
+            raise InvalidRequest(f"memory must look like 12GB, 12GiB or 80%, not {text!r}")
+        number, unit = float(match[1]), match[2].removesuffix("b")
+        factors: Mapping[str, float] = {**_UNITS, **_BINARY_UNITS, "%": total / 100}
+        if unit not in factors:
+            raise InvalidRequest(f"memory must look like 12GB, 12GiB or 80%, not {text!r}")
+        size = number * factors[unit]
+    if not 0 < size <= 1 << 60:
+        raise InvalidRequest(f"memory must be above 0, not {text!r}")
+    return int(size)
+
+
+def config_path(environ: Mapping[str, str] = os.environ) -> Path:
+    """``$RL_MLX_CONFIG``, else ``$XDG_CONFIG_HOME/rl-mlx/config.toml``, else below ``~/.config``."""
+    if "RL_MLX_CONFIG" in environ:
+        return Path(environ["RL_MLX_CONFIG"])
+    base = environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
+    return Path(base) / "rl-mlx" / "config.toml"
+
+
+def load_settings(
+    flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ
+) -> ModelSettings:
+    """Settings with ``flags`` (those not None) over ``RL_MLX_*`` over the file over the defaults.
+
+    Raises ``InvalidRequest`` for an unknown key in the file or a value of the wrong type anywhere.
+    """
+    known = {f.name for f in fields(ModelSettings)}
+    values = _read_file(config_path(environ), known)
+    for name in known:
+        text = environ.get(f"RL_MLX_{name.upper()}")
+        if text:
+            values[name] = _parse(name, text)
+    values.update({k: v for k, v in flags.items() if v is not None})
+    return ModelSettings(**values)
+
+
+def _read_file(path: Path, known: set[str]) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InvalidRequest(f"cannot read the settings in {path}: {error}") from error
+    for name in table:
+        if name not in known:
+            raise InvalidRequest(
+                f"unknown setting {name!r} in {path}; known are {', '.join(sorted(known))}"
+            )
+    return table
+
+
+def _parse(name: str, text: str) -> Any:
+    if name not in {"context", "kv_bits"}:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise InvalidRequest(
+            f"RL_MLX_{name.upper()} must be a whole number, not {text!r}"
+        ) from None
