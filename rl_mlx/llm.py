@@ -59,6 +59,7 @@ class AsyncLLM:
         kv_bits: int | None = None,
         memory: int | str | None = None,
         dtype: str | None = None,
+        backend_options: Mapping[str, Any] | None = None,
     ) -> None:
         settings = ModelSettings(
             backend=backend,
@@ -67,6 +68,7 @@ class AsyncLLM:
             kv_bits=kv_bits,
             memory=memory,
             dtype=dtype,
+            backend_options=backend_options or {},
         )
         self._set_up(*_load(model, settings), Awaiting())
 
@@ -267,6 +269,7 @@ class LLM:
         kv_bits: int | None = None,
         memory: int | str | None = None,
         dtype: str | None = None,
+        backend_options: Mapping[str, Any] | None = None,
     ) -> None:
         settings = ModelSettings(
             backend=backend,
@@ -275,6 +278,7 @@ class LLM:
             kv_bits=kv_bits,
             memory=memory,
             dtype=dtype,
+            backend_options=backend_options or {},
         )
         self._llm = AsyncLLM.of(*_load(model, settings), Blocking())
 

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ class ModelSettings:
     ``backend``: ``auto``, ``mlx``, ``llama.cpp`` or the URL of an OpenAI-compatible server. ``draft``: a model
     reference, ``lookup``, ``auto`` or None. ``context``: tokens, None for the model's own. ``kv_bits``: 8, 6, 4
     or None for the compute type. ``memory``: a budget in bytes, or a string such as ``"12GB"`` or ``"80%"``.
-    ``dtype``: ``float32``, ``float16``, ``bfloat16``, or None for what suits the device.
+    ``dtype``: ``float32``, ``float16``, ``bfloat16``, or None for what suits the device. ``backend_options``:
+    what only one backend knows (``LlamaCppOptions``, ``RemoteOptions``); a backend raises for an unknown one.
     """
 
     backend: str = "auto"
@@ -37,6 +38,7 @@ class ModelSettings:
     kv_bits: int | None = None
     memory: int | str | None = None
     dtype: str | None = None
+    backend_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -45,6 +47,10 @@ class ModelSettings:
             raise InvalidRequest(f"kv_bits must be 4, 6 or 8, not {self.kv_bits!r}")
         if self.context is not None and (not isinstance(self.context, int) or self.context < 1):
             raise InvalidRequest(f"context must be at least 1 token, not {self.context!r}")
+        if not isinstance(self.backend_options, Mapping):
+            raise InvalidRequest(
+                f"backend_options must be a table of names and values, not {self.backend_options!r}"
+            )
         if self.memory is not None:
             parse_memory(self.memory, total=1 << 40)
 
@@ -88,7 +94,7 @@ def load_settings(
     """
     known = {f.name for f in fields(ModelSettings)}
     values = _read_file(config_path(environ), known)
-    for name in known:
+    for name in known - {"backend_options"}:  # a table has no form as an environment variable
         text = environ.get(f"RL_MLX_{name.upper()}")
         if text:
             values[name] = _parse(name, text)
