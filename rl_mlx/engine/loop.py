@@ -1,0 +1,208 @@
+"""The engine loop: one thread that owns the device.
+
+A step is started before the one before it is read, so that the device works while the host hands tokens out. A
+sequence that turns out to have ended has then one token too many under way, which is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from rl_mlx.engine.runner import Runner
+from rl_mlx.engine.scheduler import Decode, Prefill, Scheduler
+from rl_mlx.engine.sequence import Sequence
+from rl_mlx.errors import EngineError, QueueFull, RlMlxError
+from rl_mlx.sample import Sampled
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A decode step that was started and is not read yet."""
+
+    batch: tuple[Sequence, ...]
+    sampled: Sampled
+
+
+class Engine:
+    """Runs ``start()``'s runner on a thread of its own; everything else is asked for by message."""
+
+    def __init__(self, start: Callable[[], tuple[Runner, Scheduler]]) -> None:
+        """Blocks until ``start`` has returned on the engine's thread; its exception is raised here."""
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._sequences: dict[str, Sequence] = {}
+        self._pending: _Step | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+        ready: Future[None] = Future()
+        self._thread = threading.Thread(
+            target=self._main, args=(start, ready), name="rl-mlx-engine", daemon=True
+        )
+        self._thread.start()
+        ready.result()
+
+    # Called from any thread.
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a sequence; raises ``EngineError`` after ``close``."""
+        self._post(lambda: self._add(sequence))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; unknown ids are ignored."""
+        if not self._closed:
+            self._post(lambda: self._cancel(request_id))
+
+    def call(self, function: Callable[[Runner], T]) -> T:
+        """``function(runner)`` on the engine's thread, between steps."""
+        answer: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(function(self._runner))
+            except BaseException as error:  # the caller's thread raises it
+                answer.set_exception(error)
+
+        self._post(run)
+        return answer.result()
+
+    def counts(self) -> tuple[int, int, int]:
+        """Running, waiting, and bytes of the arena; a snapshot that may be a step old."""
+        scheduler = self._scheduler
+        running = len(scheduler.running) + (scheduler.prefilling is not None)
+        return running, len(scheduler.waiting), self._runner.arena.nbytes
+
+    def close(self) -> None:
+        """Cancel everything and join the thread. Safe to call twice."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._inbox.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _post(self, message: Callable[[], None]) -> None:
+        with self._lock:
+            if self._closed:
+                raise EngineError("the model is closed")
+            self._inbox.put(message)
+
+    # On the engine's thread.
+
+    def _main(self, start: Callable[[], tuple[Runner, Scheduler]], ready: Future[None]) -> None:
+        try:
+            self._runner, self._scheduler = start()
+        except BaseException as error:  # raised in the constructor's thread
+            self._closed = True
+            ready.set_exception(error)
+            return
+        ready.set_result(None)
+        while self._listen():
+            try:
+                self._step()
+            except Exception as error:  # noqa: BLE001  (the loop outlives whatever a step does)
+                self._fail_running(error)
+        for sequence in self._scheduler.everything():
+            self._end(sequence, lambda s: s.finish("cancelled"))
+        self._runner.reset()
+        del self._runner
+
+    def _listen(self) -> bool:
+        """Take messages, waiting for one if there is nothing to do. False when told to close."""
+        while True:
+            try:
+                idle = self._scheduler.idle and self._pending is None
+                message = self._inbox.get(block=idle)
+            except queue.Empty:
+                return True
+            if message is None:
+                return False
+            message()
+
+    def _add(self, sequence: Sequence) -> None:
+        self._sequences[sequence.request.id] = sequence
+        if sequence.limit == 0:
+            self._end(sequence, lambda s: s.finish("length"))
+            return
+        try:
+            self._scheduler.add(sequence)
+        except QueueFull as error:
+            self._end(sequence, lambda s, e=error: s.fail(e))  # type: ignore[misc]
+
+    def _cancel(self, request_id: str) -> None:
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._end(sequence, lambda s: s.finish("cancelled"))
+
+    def _step(self) -> None:
+        work = self._scheduler.plan()
+        if isinstance(work, Prefill):
+            self._prefill(work)
+        elif isinstance(work, Decode):
+            self._decode(work)
+        else:
+            self._collect()
+
+    def _prefill(self, work: Prefill) -> None:
+        sequence = work.sequence
+        sequence.started = sequence.started or time.perf_counter()
+        self._runner.prefill(sequence, work.count)
+        self._collect()
+        sequence.progress()
+        if sequence.prefilled:
+            self._scheduler.prefilled()
+            self._read(_Step((sequence,), self._runner.first(sequence)))
+
+    def _decode(self, work: Decode) -> None:
+        pending = self._pending
+        if pending is not None and (
+            pending.batch != work.batch or self._runner.needs_tokens(work.batch)
+        ):
+            self._collect()  # its tokens decide what is to run: plan again
+            return
+        inputs = None if pending is None else pending.sampled.tokens
+        step = _Step(work.batch, self._runner.decode(work.batch, inputs))
+        self._collect()
+        self._pending = step
+
+    def _collect(self) -> None:
+        """Read the step under way, if there is one, and hand its tokens out."""
+        step, self._pending = self._pending, None
+        if step is not None:
+            self._read(step)
+
+    def _read(self, step: _Step) -> None:
+        read = step.sampled.read([s.request.params for s in step.batch])
+        for sequence, (token, logprob) in zip(step.batch, read):
+            sequence.in_flight -= 1
+            sequence.take(token, logprob)
+            if sequence.done:
+                self._forget(sequence)
+
+    def _end(self, sequence: Sequence, how: Callable[[Sequence], Any]) -> None:
+        how(sequence)
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        """Free what an ended sequence holds. Its part of a step under way is dropped when that is read."""
+        self._scheduler.remove(sequence)
+        self._sequences.pop(sequence.request.id, None)
+        self._runner.release(sequence)
+
+    def _fail_running(self, error: Exception) -> None:
+        """A step failed: those in it fail with its error, those waiting go on."""
+        log.warning("a step failed", exc_info=error)
+        failure = error if isinstance(error, RlMlxError) else EngineError(f"a step failed: {error}")
+        self._pending = None
+        hurt = [s for s in self._scheduler.everything() if s.row is not None]
+        self._runner.reset()
+        for sequence in hurt:
+            self._end(sequence, lambda s: s.fail(failure))

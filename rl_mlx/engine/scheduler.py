@@ -1,0 +1,106 @@
+"""What runs next: continuous batching with chunked prefill. Pure Python: it sees neither tensors nor tokens.
+
+First come, first served, higher ``priority`` first. Prefill chunks and decode steps take turns, so that a running
+stream never waits longer than one chunk for its next token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Union
+
+from rl_mlx.engine.sequence import Sequence
+from rl_mlx.errors import QueueFull
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Read the next ``count`` prompt tokens of ``sequence``."""
+
+    sequence: Sequence
+    count: int
+
+
+@dataclass(frozen=True)
+class Decode:
+    """One more token for each of ``batch``, in the order of their rows."""
+
+    batch: tuple[Sequence, ...]
+
+
+Work = Union[Prefill, Decode]
+
+
+class Scheduler:
+    """Sequences wait, are prefilled one at a time, then run together until they are done.
+
+    At most ``max_rows`` are in the cache at once and at most ``queue_limit`` wait. ``admit(sequence)`` is asked
+    before a waiting one gets a row, and says whether there is memory for it.
+    """
+
+    def __init__(
+        self, *, max_rows: int, chunk: int, queue_limit: int, admit: Callable[[Sequence], bool]
+    ) -> None:
+        self.waiting: list[Sequence] = []
+        self.prefilling: Sequence | None = None
+        self.running: list[Sequence] = []
+        self._max_rows = max_rows
+        self._chunk = chunk
+        self._queue_limit = queue_limit
+        self._admit = admit
+        self._decoded_last = True
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to do."""
+        return not (self.waiting or self.prefilling or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence behind its equals. Raises ``QueueFull``."""
+        if len(self.waiting) >= self._queue_limit:
+            raise QueueFull(f"{self._queue_limit} requests are waiting already; try again later")
+        priority = sequence.request.priority
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].request.priority < priority:
+            place -= 1
+        self.waiting.insert(place, sequence)
+
+    def plan(self) -> Work | None:
+        """The next step, or None where there is nothing to start now."""
+        batch = tuple(
+            sorted((s for s in self.running if not s.saturated), key=lambda s: s.row or 0)
+        )
+        prefill = self.prefilling or (self._next() if self._decoded_last or not batch else None)
+        if prefill is not None and (self._decoded_last or not batch):
+            self.prefilling = prefill
+            self._decoded_last = False
+            return Prefill(prefill, min(self._chunk, len(prefill.prompt) - prefill.cached))
+        self._decoded_last = True
+        return Decode(batch) if batch else None
+
+    def prefilled(self) -> None:
+        """The prompt being read is read: its sequence runs now."""
+        assert self.prefilling is not None, "nothing is being prefilled"
+        self.running.append(self.prefilling)
+        self.prefilling = None
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, wherever it is."""
+        if self.prefilling is sequence:
+            self.prefilling = None
+        for place in (self.waiting, self.running):
+            if sequence in place:
+                place.remove(sequence)
+
+    def everything(self) -> list[Sequence]:
+        """All sequences, wherever they are."""
+        return [*self.running, *([self.prefilling] if self.prefilling else []), *self.waiting]
+
+    def _next(self) -> Sequence | None:
+        """The first waiting sequence, if a row and the memory for it are free."""
+        if not self.waiting or len(self.running) >= self._max_rows:
+            return None
+        if not self._admit(self.waiting[0]):
+            return None
+        return self.waiting.pop(0)

@@ -1,0 +1,104 @@
+"""A sequence: one request on its way through the engine. Pure Python."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from rl_mlx.errors import RlMlxError
+from rl_mlx.types import (
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    Progress,
+    Request,
+    Timings,
+    Token,
+    TokenLogprob,
+)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """``cached`` tokens of prompt and answer are in the cache; ``in_flight`` more are being made.
+
+    ``limit`` is the most tokens the answer may have. ``row`` is the arena's, None while waiting.
+    """
+
+    request: Request
+    emit: Callable[[Event], None]
+    limit: int
+    seed: int
+    answer: list[int] = field(default_factory=list)
+    cached: int = 0
+    in_flight: int = 0
+    row: int | None = None
+    done: bool = False
+    submitted: float = field(default_factory=time.perf_counter)
+    started: float | None = None
+    first: float | None = None
+    last: float | None = None
+    forwards: int = 0
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """Token ids of the prompt."""
+        return self.request.prompt
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether the whole prompt is in the cache."""
+        return self.cached >= len(self.prompt)
+
+    @property
+    def saturated(self) -> bool:
+        """Whether no further token may be started."""
+        return len(self.answer) + self.in_flight >= self.limit
+
+    def progress(self) -> None:
+        """Tell how far the prompt is read."""
+        self.emit(Progress(min(self.cached, len(self.prompt)), len(self.prompt)))
+
+    def take(self, token: int, logprob: TokenLogprob | None) -> None:
+        """One more token came; ends the sequence where it says so. What comes after the end is dropped."""
+        if self.done:
+            return
+        self.last = time.perf_counter()
+        self.first = self.first or self.last
+        params = self.request.params
+        is_end = token in self.request.eos_ids and not params.ignore_eos
+        if is_end or token in params.stop_token_ids:
+            self.finish("stop")
+            return
+        self.answer.append(token)
+        self.emit(Token(token, logprob))
+        if len(self.answer) >= self.limit:
+            self.finish("length")
+
+    def finish(self, reason: FinishReason) -> None:
+        """The terminal event, once."""
+        if not self.done:
+            self.done = True
+            self.emit(Finished(reason, self.timings()))
+
+    def fail(self, error: RlMlxError) -> None:
+        """The terminal event of a failure, once."""
+        if not self.done:
+            self.done = True
+            self.emit(Failed(error))
+
+    def timings(self) -> Timings:
+        """What has been measured so far."""
+        now = time.perf_counter()
+        started = self.started or now
+        first = self.first or now
+        return Timings(
+            queued=started - self.submitted,
+            prefill=first - started,
+            decode=(self.last or first) - first,
+            prompt_tokens=len(self.prompt),
+            generated=len(self.answer),
+            forwards=self.forwards,
+        )

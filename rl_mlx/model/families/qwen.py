@@ -1,0 +1,51 @@
+"""Qwen 2, 2.5, 3 and 3 MoE."""
+
+from __future__ import annotations
+
+from typing import Union
+
+from rl_mlx.model.families.common import Config, attention, base, mlp
+from rl_mlx.model.plan import DecoderPlan, LayerPlan, MLPPlan, MoEPlan
+
+
+def plan_qwen2(config: Config, context: int) -> DecoderPlan:
+    """Llama with biases on Q, K and V."""
+    layers = tuple(
+        LayerPlan(mixer=attention(config, context, i, bias=True), mlp=mlp(config))
+        for i in range(config["num_hidden_layers"])
+    )
+    return DecoderPlan(layers=layers, **base(config, context))
+
+
+def plan_qwen3(config: Config, context: int) -> DecoderPlan:
+    """Norms on each head's queries and keys."""
+    return _qwen3(config, context, [mlp(config)] * config["num_hidden_layers"])
+
+
+def plan_qwen3_moe(config: Config, context: int) -> DecoderPlan:
+    """Qwen 3 with experts in every ``decoder_sparse_step``-th layer that ``mlp_only_layers`` does not name."""
+    experts = config.get("num_experts") or config["num_local_experts"]
+    moe = MoEPlan(
+        experts=experts,
+        active=config["num_experts_per_tok"],
+        inner=config["moe_intermediate_size"],
+        normalize=bool(config.get("norm_topk_prob", False)),
+    )
+    step = config.get("decoder_sparse_step") or 1
+    dense = set(config.get("mlp_only_layers") or ())
+    kinds: list[MLPPlan | MoEPlan] = [
+        moe if i not in dense and (i + 1) % step == 0 else mlp(config)
+        for i in range(config["num_hidden_layers"])
+    ]
+    return _qwen3(config, context, kinds)
+
+
+def _qwen3(config: Config, context: int, mlps: list[Union[MLPPlan, MoEPlan]]) -> DecoderPlan:
+    bias = bool(config.get("attention_bias", False))
+    layers = tuple(
+        LayerPlan(
+            mixer=attention(config, context, i, qk_norm=True, bias=bias, out_bias=bias), mlp=m
+        )
+        for i, m in enumerate(mlps)
+    )
+    return DecoderPlan(layers=layers, **base(config, context))

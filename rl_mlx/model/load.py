@@ -1,0 +1,189 @@
+"""From a model on disk to a decoder in MLX."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from rl_mlx.convert.weights import Dense, FloatType, Weights
+from rl_mlx.errors import FormatError, UnsupportedModel
+from rl_mlx.model.attention import Attention
+from rl_mlx.model.decoder import Block, Decoder
+from rl_mlx.model.families import FAMILIES
+from rl_mlx.model.layers import (
+    DenseMatrix,
+    FusedLinear,
+    Linear,
+    Matrix,
+    QuantizedMatrix,
+    RMSNorm,
+    SplitLinear,
+)
+from rl_mlx.model.mlp import MLP, ExpertLinear, MoE
+from rl_mlx.model.plan import AttentionPlan, ConvPlan, DecoderPlan, MLPPlan, MoEPlan
+from rl_mlx.model.rope import Rope
+from rl_mlx.model.shortconv import ShortConv
+
+_DTYPES: dict[FloatType, mx.Dtype] = {
+    "float32": mx.float32,
+    "float16": mx.float16,
+    "bfloat16": mx.bfloat16,
+}
+
+
+def is_ours(config: dict[str, Any]) -> bool:
+    """Whether a family here runs this config."""
+    return config.get("model_type") in FAMILIES
+
+
+def load_decoder(weights: Weights, context: int, dtype: FloatType) -> Decoder:
+    """The decoder of ``weights``, computing in ``dtype``, for sequences of up to ``context`` tokens.
+
+    Tensors are read and evaluated one block at a time, so the peak is the model plus a block. Raises
+    ``UnsupportedModel`` for an unknown family and ``FormatError`` where config and tensors disagree.
+    """
+    family = weights.config.get("model_type")
+    if family not in FAMILIES:
+        raise UnsupportedModel(f"architecture {family!r} is not one of {', '.join(FAMILIES)}")
+    try:
+        plan = FAMILIES[family](weights.config, context)
+    except KeyError as missing:
+        raise FormatError(f"{weights.path}: the configuration lacks {missing}") from missing
+    return _Builder(weights, plan, dtype).decoder()
+
+
+class _Builder:
+    """Reads tensors by canonical name and makes modules of them."""
+
+    def __init__(self, weights: Weights, plan: DecoderPlan, dtype: FloatType) -> None:
+        self._weights = weights
+        self._plan = plan
+        self._float = dtype
+        self._dtype = _DTYPES[dtype]
+        self._present = set(weights.names())
+
+    def decoder(self) -> Decoder:
+        plan = self._plan
+        embedding = self._matrix("model.embed_tokens")
+        blocks = [self._block(i) for i in range(len(plan.layers))]
+        tied = plan.tied or "lm_head.weight" not in self._present
+        head = Linear(embedding if tied else self._matrix("lm_head"))
+        norm = self._norm(f"model.{plan.names.final_norm}")
+        return Decoder(plan, embedding, blocks, norm, head, self._dtype)
+
+    def _block(self, index: int) -> Block:
+        names, layer = self._plan.names, self._plan.layers[index]
+        at = f"model.layers.{index}."
+        if isinstance(layer.mixer, ConvPlan):
+            mixer: Attention | ShortConv = self._conv(index, f"{at}conv.", layer.mixer)
+        else:
+            mixer = self._attention(index, f"{at}{names.attention}.", layer.mixer)
+        mlp = self._moe if isinstance(layer.mlp, MoEPlan) else self._mlp
+        post = None
+        if names.mixer_post_norm and names.mlp_post_norm:
+            post = self._norm(at + names.mixer_post_norm), self._norm(at + names.mlp_post_norm)
+        norms = self._norm(at + names.mixer_norm), self._norm(at + names.mlp_norm)
+        return Block(mixer, mlp(f"{at}{names.mlp}.", layer.mlp), norms, post)  # type: ignore[arg-type]
+
+    def _attention(self, index: int, at: str, plan: AttentionPlan) -> Attention:
+        names = self._plan.names
+        qkv: FusedLinear | SplitLinear
+        if plan.fused_qkv:
+            queries = plan.heads * plan.head_dim
+            cuts = [queries, queries + plan.kv_heads * plan.head_dim]
+            qkv = SplitLinear(self._linear(f"{at}qkv_proj", plan.bias), cuts)
+        else:
+            qkv = FusedLinear([self._linear(f"{at}{n}_proj", plan.bias) for n in "qkv"])
+        rope = None
+        if plan.rope is not None:
+            has_factors = "rope_freqs.weight" in self._present
+            rope = Rope(plan.rope, self._array("rope_freqs.weight") if has_factors else None)
+        norms = None
+        if plan.qk_norm:
+            norms = self._norm(at + names.q_norm), self._norm(at + names.k_norm)
+        sinks = self._array(f"{at}sinks").astype(self._dtype) if plan.sinks else None
+        out = self._linear(at + names.out, plan.out_bias)
+        return Attention(index, plan, qkv, out, rope, norms, sinks)
+
+    def _conv(self, index: int, at: str, plan: ConvPlan) -> ShortConv:
+        kernel = self._array(f"{at}conv.weight").astype(self._dtype)
+        bias = self._array(f"{at}conv.bias").astype(self._dtype) if plan.bias else None
+        project = self._linear(f"{at}in_proj", plan.bias)
+        return ShortConv(index, project, kernel, bias, self._linear(f"{at}out_proj", plan.bias))
+
+    def _mlp(self, at: str, plan: MLPPlan) -> MLP:
+        names = self._plan.names
+        gate_up: FusedLinear | SplitLinear
+        if plan.fused_gate_up:
+            gate_up = SplitLinear(self._linear(f"{at}gate_up_proj", plan.bias), [plan.inner])
+        else:
+            parts = [self._linear(at + n, plan.bias) for n in (names.gate, names.up)]
+            gate_up = FusedLinear(parts)
+        return MLP(plan, gate_up, self._linear(at + names.down, plan.bias))
+
+    def _moe(self, at: str, plan: MoEPlan) -> MoE:
+        names = self._plan.names
+        router = self._linear(at + names.router, plan.router_bias)
+        parts = [
+            self._expert(f"{at}{names.experts}.{n}", plan.bias)
+            for n in ("gate_proj", "up_proj", "down_proj")
+        ]
+        return MoE(plan, router, *parts)
+
+    def _expert(self, name: str, has_bias: bool) -> ExpertLinear:
+        bias = self._array(f"{name}.bias").astype(self._dtype) if has_bias else None
+        return ExpertLinear(self._matrix(name), bias)
+
+    def _linear(self, name: str, has_bias: bool) -> Linear:
+        bias = self._array(f"{name}.bias").astype(self._dtype) if has_bias else None
+        return Linear(self._matrix(name), bias)
+
+    def _norm(self, name: str) -> RMSNorm:
+        weight = self._array(f"{name}.weight") + self._plan.norm_offset
+        return RMSNorm(weight.astype(self._dtype), self._plan.norm_eps)
+
+    def _matrix(self, name: str) -> Matrix:
+        tensor = self._load(f"{name}.weight")
+        if isinstance(tensor, Dense):
+            return DenseMatrix(_evaluated(_float_array(tensor.array, tensor.dtype, self._dtype)))
+        scales = _scale_array(tensor.scales, tensor.dtype, self._dtype)
+        biases = None
+        if tensor.biases is not None:
+            biases = _evaluated(_float_array(tensor.biases, tensor.dtype, self._dtype))
+        return QuantizedMatrix(
+            mx.array(tensor.weight), _evaluated(scales), biases,
+            tensor.group_size, tensor.bits, tensor.mode,
+        )  # fmt: skip
+
+    def _array(self, name: str) -> mx.array:
+        """A small tensor, in float32."""
+        tensor = self._load(name)
+        if not isinstance(tensor, Dense):
+            raise FormatError(f"{self._weights.path}: tensor {name!r} must not be quantized")
+        return _float_array(tensor.array, tensor.dtype, mx.float32)
+
+    def _load(self, name: str) -> Any:
+        if name not in self._present:
+            raise FormatError(f"{self._weights.path}: tensor {name!r} is missing")
+        return self._weights.load(name, self._float)
+
+
+def _evaluated(array: mx.array) -> mx.array:
+    mx.eval(array)
+    return array
+
+
+def _float_array(array: npt.NDArray[Any], kind: FloatType, dtype: mx.Dtype) -> mx.array:
+    """An MLX array of ``dtype``; bfloat16 comes as uint16 bit patterns."""
+    raw = mx.array(np.ascontiguousarray(array))
+    return (raw.view(mx.bfloat16) if kind == "bfloat16" else raw).astype(dtype)
+
+
+def _scale_array(array: npt.NDArray[Any], kind: FloatType, dtype: mx.Dtype) -> mx.array:
+    """Scales in ``dtype``; those of the block-float modes are uint8 and stay so."""
+    if array.dtype == np.uint8:
+        return mx.array(np.ascontiguousarray(array))
+    return _float_array(array, kind, dtype)

@@ -1,0 +1,150 @@
+"""The plan of a decoder: all that a family decides, as plain data, before any weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Union
+
+Activation = Literal["silu", "gelu_tanh", "gelu", "swiglu_oai"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopePlan:
+    """Rotary embedding of the first ``dims`` of each head (Su et al. 2021), half-split layout.
+
+    ``periods`` (``dims / 2`` numbers, ``base ** (2i / dims)`` and scaled) stand in for ``base`` where the
+    frequencies are not geometric. ``scale`` multiplies positions, ``magnitude`` the rotated values (YaRN, LongRoPE).
+    """
+
+    dims: int
+    base: float = 10000.0
+    scale: float = 1.0
+    periods: tuple[float, ...] | None = None
+    magnitude: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPlan:
+    """Grouped-query attention of one layer. ``window`` counts the token itself and those before it."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    rope: RopePlan | None
+    window: int | None = None
+    softcap: float | None = None
+    qk_norm: bool = False
+    sinks: bool = False
+    bias: bool = False
+    out_bias: bool = False
+    fused_qkv: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvPlan:
+    """Gated short convolution (LFM2): a causal depthwise kernel of ``taps`` over the hidden size."""
+
+    taps: int
+    bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPPlan:
+    """A gated feed-forward layer of width ``inner``."""
+
+    inner: int
+    activation: Activation = "silu"
+    bias: bool = False
+    fused_gate_up: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEPlan:
+    """A mixture of ``experts`` gated feed-forward layers, ``active`` of them for each token.
+
+    ``normalize``: the weights are a softmax over the chosen experts; else over all of them.
+    """
+
+    experts: int
+    active: int
+    inner: int
+    normalize: bool = True
+    activation: Activation = "silu"
+    bias: bool = False
+    router_bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """Where a family's tensors lie below ``model.layers.N.`` (canonical names, see ``convert/weights.py``)."""
+
+    attention: str = "self_attn"
+    out: str = "o_proj"
+    q_norm: str = "q_norm"
+    k_norm: str = "k_norm"
+    mixer_norm: str = "input_layernorm"
+    mlp: str = "mlp"
+    mlp_norm: str = "post_attention_layernorm"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    router: str = "gate"
+    experts: str = "switch_mlp"
+    mixer_post_norm: str | None = None
+    mlp_post_norm: str | None = None
+    final_norm: str = "norm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """One block: a mixer (attention or convolution) and a feed-forward layer."""
+
+    mixer: Union[AttentionPlan, ConvPlan]
+    mlp: Union[MLPPlan, MoEPlan]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderPlan:
+    """A decoder. ``norm_offset`` is added to every RMSNorm weight (1 for Gemma)."""
+
+    hidden: int
+    vocab: int
+    context: int
+    layers: tuple[LayerPlan, ...]
+    norm_eps: float
+    names: Names = Names()
+    norm_offset: float = 0.0
+    embed_scale: float = 1.0
+    logit_softcap: float | None = None
+    tied: bool = False
+
+
+@dataclass(frozen=True)
+class KVSpec:
+    """What a layer keeps for each token: keys and values of ``heads`` x ``dim``, the last ``window`` or all."""
+
+    heads: int
+    dim: int
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """What a recurrent layer keeps for each sequence: its last ``taps - 1`` inputs of width ``width``."""
+
+    taps: int
+    width: int
+
+
+CacheSpec = Union[KVSpec, StateSpec]
+
+
+def cache_specs(plan: DecoderPlan) -> tuple[CacheSpec, ...]:
+    """What each layer of ``plan`` keeps."""
+    return tuple(
+        KVSpec(m.kv_heads, m.head_dim, m.window)
+        if isinstance(m := layer.mixer, AttentionPlan)
+        else StateSpec(m.taps, plan.hidden)
+        for layer in plan.layers
+    )

@@ -1,0 +1,31 @@
+"""The gated short convolution of LFM2."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from rl_mlx.model.layers import Linear
+from rl_mlx.model.step import Step
+
+
+class ShortConv:
+    """``out(c * conv(b * x))`` with ``b, c, x`` from one projection; causal, depthwise."""
+
+    def __init__(
+        self, layer: int, project: Linear, kernel: mx.array, bias: mx.array | None, out: Linear
+    ) -> None:
+        """``kernel`` is ``[hidden, taps, 1]``, as ``mx.conv1d`` takes it."""
+        self._layer = layer
+        self._project = project
+        self._taps = kernel[:, :, 0].T  # [taps, hidden]
+        self._bias = bias
+        self._out = out
+
+    def __call__(self, x: mx.array, step: Step) -> mx.array:
+        """``[B, S, hidden]`` to the same."""
+        b, c, x = mx.split(self._project(x), 3, axis=-1)
+        length = x.shape[1]
+        padded = step.history(self._layer, b * x)
+        # A handful of taps: a sum of shifted products beats a convolution call at S = 1, and equals it.
+        y = sum(padded[:, i : i + length] * tap for i, tap in enumerate(self._taps))
+        return self._out(c * (y if self._bias is None else y + self._bias))

@@ -1,0 +1,39 @@
+"""What a decoder needs of the KV cache during one forward."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import mlx.core as mx
+
+from rl_mlx.model.rope import Offset
+
+
+class Step(Protocol):
+    """One forward of ``S`` new tokens for each of ``B`` rows."""
+
+    @property
+    def offset(self) -> Offset:
+        """Position of each row's first new token: one int where all are the same, else int32 ``[B]``."""
+
+    def attend(
+        self,
+        layer: int,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        scale: float,
+        softcap: float | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """Keep the new keys and values ``[B, kv_heads, S, D]``; attend from ``queries`` ``[B, heads, S, D]``.
+
+        Causal, within the layer's window. Returns ``[B, heads, S, D]``.
+        """
+
+    def history(self, layer: int, inputs: mx.array) -> mx.array:
+        """Keep the new inputs ``[B, S, width]`` of a recurrent layer; return them after the ones it kept.
+
+        The result is ``[B, taps - 1 + S, width]``.
+        """
