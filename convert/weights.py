@@ -1,11 +1,14 @@
-"""One view of a model on disk, whatever its format: a Hugging Face style config and tensors by canonical name.
+"""One view of a model on disk, whatever its format: a Hugging Face style config and tensors by
+canonical name.
 
-Canonical names and layouts are those of a converted MLX checkpoint, which are the ones mlx-lm's models use after
-``sanitize``: ``model.layers.0.self_attn.q_proj.weight``, experts stacked as ``mlp.switch_mlp.gate_proj``
-``[experts, out, in]``, Q and K in the half-split rope order, Gemma's norms without the +1. A GGUF file, a
-Hugging Face folder and an MLX folder all come out the same, so that one loader serves the three.
+Canonical names and layouts are those of a converted MLX checkpoint, which are the ones mlx-lm's
+models use after ``sanitize``: ``model.layers.0.self_attn.q_proj.weight``, experts stacked as
+``mlp.switch_mlp.gate_proj`` ``[experts, out, in]``, Q and K in the half-split rope order, Gemma's
+norms without the +1. A GGUF file, a Hugging Face folder and an MLX folder all come out the same, so
+that one loader serves the three.
 
-Arrays are NumPy. NumPy has no bfloat16: such arrays are uint16 bit patterns with ``dtype == "bfloat16"``.
+Arrays are NumPy. NumPy has no bfloat16: such arrays are uint16 bit patterns with ``dtype ==
+"bfloat16"``.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -39,9 +42,9 @@ class Dense:
 class Packed:
     """A quantized array in MLX's own container, ready for ``mx.quantized_matmul``.
 
-    ``weight`` is uint32 ``[..., out, in * bits / 32]``, one LSB-first bit stream a row; ``scales`` and ``biases``
-    are ``[..., out, in / group_size]`` in ``dtype`` (``value = scale * q + bias``). The block-float modes have
-    uint8 scales and no biases.
+    ``weight`` is uint32 ``[..., out, in * bits / 32]``, one LSB-first bit stream a row; ``scales``
+    and ``biases`` are ``[..., out, in / group_size]`` in ``dtype`` (``value = scale * q + bias``).
+    The block-float modes have uint8 scales and no biases.
     """
 
     weight: npt.NDArray[np.uint32]
@@ -58,7 +61,7 @@ class Packed:
         return (*self.weight.shape[:-1], self.weight.shape[-1] * 32 // self.bits)
 
 
-Tensor = Union[Dense, Packed]
+Tensor = Dense | Packed
 
 
 class Weights(ABC):
@@ -66,11 +69,14 @@ class Weights(ABC):
 
     path: Path
     config: dict[str, Any]
-    """Hugging Face style, with ``model_type``; ``quantization`` too where the folder is an MLX one."""
+    """Hugging Face style, with ``model_type``; ``quantization`` too where the folder is an MLX one.
+    """
 
     @abstractmethod
     def names(self) -> list[str]:
-        """Canonical names of weights, without the ``.scales``/``.biases`` companions of packed ones."""
+        """Canonical names of weights, without the ``.scales``/``.biases`` companions of packed
+        ones.
+        """
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:

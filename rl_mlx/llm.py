@@ -1,13 +1,14 @@
 """``LLM`` and ``AsyncLLM``: a model, its tokenizer and a backend behind one small set of calls.
 
-A request's way: text -> template and tokenizer -> ``Request`` -> backend -> ``Event`` -> ``Answer`` -> ``Chunk``.
+A request's way: text -> template and tokenizer -> ``Request`` -> backend -> ``Event`` -> ``Answer``
+-> ``Chunk``.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar, Union, overload
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,7 @@ from rl_mlx.types import (
 from rl_mlx.waiting import Awaiting, Blocking, Waiting, drive, iterate
 
 T = TypeVar("T")
-Prompt = Union[str, Sequence[int]]
+Prompt = str | Sequence[int]
 Messages = Sequence[Message | Mapping[str, Any]]
 
 
@@ -114,16 +115,19 @@ class AsyncLLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> str:
-        """The prompt that the model's chat template makes; ``options`` are the template's variables."""
+        """The prompt that the model's chat template makes; ``options`` are the template's
+        variables.
+        """
         return self._tokenizer.template.render(messages, tools=tools, **options)
 
     def generate(
         self, prompt: Prompt | Sequence[Prompt], *, stream: bool = False, **sampling: Any
     ) -> Coroutine[Any, Any, Result | list[Result]] | AsyncIterator[Chunk]:
-        """Continue a prompt (text or token ids), or a list of prompts as one batch, results in order.
+        """Continue a prompt (text or token ids), or a list of prompts as one batch, results in
+        order.
 
-        ``sampling`` are the fields of ``SamplingParams``, or ``params=`` one of those. With ``stream=True`` an
-        async iterator of ``Chunk``; closing it cancels the request.
+        ``sampling`` are the fields of ``SamplingParams``, or ``params=`` one of those. With
+        ``stream=True`` an async iterator of ``Chunk``; closing it cancels the request.
         """
         params = SamplingParams.of(sampling.pop("params", None), **sampling)
         if _is_batch(prompt):
@@ -153,7 +157,7 @@ class AsyncLLM:
         return await self._waiting.run(self._backend.logits, list(ids))
 
     async def embed(self, texts: str | Sequence[str]) -> npt.NDArray[np.float32]:
-        """Unit vectors of texts (mean of the last hidden states), float32 ``[len(texts), hidden]``."""
+        """Unit vectors (mean of the last hidden states), float32 ``[len(texts), hidden]``."""
         batch = [texts] if isinstance(texts, str) else list(texts)
         rows = [await self._waiting.run(self._backend.embed, self._encode(t)) for t in batch]
         return np.stack(rows) if rows else np.zeros((0, self.info.hidden), np.float32)
@@ -180,7 +184,9 @@ class AsyncLLM:
         return ids
 
     def _encode_rendered(self, text: str) -> list[int]:
-        """A rendered template's ids: one BOS where the model wants one, whether the template wrote it or not."""
+        """A rendered template's ids: one BOS where the model wants one, whether the template wrote
+        it or not.
+        """
         tokenizer = self._tokenizer
         ids = tokenizer.encode(text, add_special=False)
         if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
@@ -190,7 +196,9 @@ class AsyncLLM:
     async def _events(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> AsyncIterator[tuple[int, Answer, Chunk | None]]:
-        """Submit all, then yield each event's chunk as it comes. Leaving early cancels what still runs."""
+        """Submit all, then yield each event's chunk as it comes. Leaving early cancels what still
+        runs.
+        """
         channel = self._waiting.channel()
         answers: list[Answer] = []
         running: dict[int, str] = {}
@@ -255,8 +263,8 @@ class LLM:
     >>> for chunk in llm.chat([{"role": "user", "content": "hi"}], stream=True):
     ...     print(chunk.text, end="")
 
-    The options are those of ``ModelSettings``. A context manager; ``close`` frees the memory. Each call here is the
-    one of ``AsyncLLM`` with the same name, waited for.
+    The options are those of ``ModelSettings``. A context manager; ``close`` frees the memory. Each
+    call here is the one of ``AsyncLLM`` with the same name, waited for.
     """
 
     def __init__(
@@ -318,7 +326,9 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> str:
-        """The prompt that the model's chat template makes; ``options`` are the template's variables."""
+        """The prompt that the model's chat template makes; ``options`` are the template's
+        variables.
+        """
         return self._llm.apply_template(messages, tools=tools, **options)
 
     @overload
@@ -332,10 +342,11 @@ class LLM:
     @overload
     def generate(self, prompt: Sequence[Prompt], **sampling: Any) -> list[Result]: ...
     def generate(self, prompt: Any, *, stream: bool = False, **sampling: Any) -> Any:
-        """Continue a prompt (text or token ids), or a list of prompts as one batch, results in order.
+        """Continue a prompt (text or token ids), or a list of prompts as one batch, results in
+        order.
 
-        ``sampling`` are the fields of ``SamplingParams``, or ``params=`` one of those. With ``stream=True`` an
-        iterator of ``Chunk``; closing it cancels the request.
+        ``sampling`` are the fields of ``SamplingParams``, or ``params=`` one of those. With
+        ``stream=True`` an iterator of ``Chunk``; closing it cancels the request.
         """
         return _wait(self._llm.generate(prompt, stream=stream, **sampling))
 
@@ -350,8 +361,8 @@ class LLM:
     def chat(self, messages: Messages, *, stream: bool = False, **options: Any) -> Any:
         """Answer a conversation through the model's chat template.
 
-        ``options``: ``tools`` (a list of function schemas), ``template_options`` (the template's variables) and
-        those of ``generate``.
+        ``options``: ``tools`` (a list of function schemas), ``template_options`` (the template's
+        variables) and those of ``generate``.
         """
         return _wait(self._llm.chat(messages, stream=stream, **options))
 
@@ -360,7 +371,7 @@ class LLM:
         return drive(self._llm.logits(ids))
 
     def embed(self, texts: str | Sequence[str]) -> npt.NDArray[np.float32]:
-        """Unit vectors of texts (mean of the last hidden states), float32 ``[len(texts), hidden]``."""
+        """Unit vectors (mean of the last hidden states), float32 ``[len(texts), hidden]``."""
         return drive(self._llm.embed(texts))
 
     def close(self) -> None:

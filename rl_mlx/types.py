@@ -1,7 +1,7 @@
 """The words: what a request is, what may happen to it, and what comes out.
 
-A caller's options become ``SamplingParams``; prompt ids and params make a ``Request``; a backend answers
-with ``Event``s, the last of which (``Finished`` or ``Failed``) is the only terminal one.
+A caller's options become ``SamplingParams``; prompt ids and params make a ``Request``; a backend
+answers with ``Event``s, the last of which (``Finished`` or ``Failed``) is the only terminal one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypedDict, Union
+from typing import Any, Literal, TypedDict
 
 from rl_mlx.errors import InvalidRequest, RlMlxError
 
@@ -28,7 +28,7 @@ class Message(TypedDict, total=False):
     name: str
 
 
-# name -> (lowest, highest, may equal lowest); None bounds are open. Checked once, where params are made.
+# name -> (lowest, highest, whether it may equal the lowest)
 _RANGES: dict[str, tuple[float, float, bool]] = {
     "temperature": (0.0, 100.0, True),
     "top_p": (0.0, 1.0, True),
@@ -54,13 +54,15 @@ MAX_LOGPROBS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How tokens are chosen. Every field is checked when it is made; a bad one raises ``InvalidRequest``.
+    """How tokens are chosen. Every field is checked when it is made; a bad one raises
+    ``InvalidRequest``.
 
-    ``temperature=0`` is greedy. ``top_k=0``, ``top_p=1`` and ``min_p=0`` switch those filters off; a ``top_k``
-    at or above the vocabulary keeps everything. Filters apply in the order penalties, bias, DRY, temperature,
-    top-k, top-p, min-p, XTC. ``repetition_penalty`` is CTRL's (Keskar et al. 2019); ``frequency_penalty`` and
-    ``presence_penalty`` are OpenAI's; all three look at the last ``penalty_window`` tokens, prompt included for
-    the first and answer only for the others. ``max_tokens=None`` goes on to the end of the context.
+    ``temperature=0`` is greedy. ``top_k=0``, ``top_p=1`` and ``min_p=0`` switch those filters off;
+    a ``top_k`` at or above the vocabulary keeps everything. Filters apply in the order penalties,
+    bias, DRY, temperature, top-k, top-p, min-p, XTC. ``repetition_penalty`` is CTRL's (Keskar et
+    al. 2019); ``frequency_penalty`` and ``presence_penalty`` are OpenAI's; all three look at the
+    last ``penalty_window`` tokens, prompt included for the first and answer only for the others.
+    ``max_tokens=None`` goes on to the end of the context.
     """
 
     max_tokens: int | None = None
@@ -152,7 +154,7 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Natural-log probability of the chosen token and of the most likely ones, before the filters."""
+    """Natural-log probability of the chosen token and of the likeliest, before the filters."""
 
     token: int
     logprob: float
@@ -163,8 +165,9 @@ class TokenLogprob:
 class Timings:
     """Seconds and counts of one request, as measured where the tokens are made.
 
-    ``queued``: submission to the first prefill step. ``prefill``: from then to the first token. ``decode``:
-    from the first token to the last. ``reused`` prompt tokens came from a prefix already in the cache.
+    ``queued``: submission to the first prefill step. ``prefill``: from then to the first token.
+    ``decode``: from the first token to the last. ``reused`` prompt tokens came from a prefix
+    already in the cache.
     """
 
     queued: float = 0.0
@@ -224,7 +227,7 @@ class Failed:
     error: RlMlxError
 
 
-Event = Union[Progress, Token, Finished, Failed]
+Event = Progress | Token | Finished | Failed
 
 
 @dataclass(frozen=True)
@@ -242,7 +245,9 @@ class Usage:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a streamed answer. ``progress`` is set while the prompt is read, before the first text."""
+    """A piece of a streamed answer. ``progress`` is set while the prompt is read, before the first
+    text.
+    """
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
@@ -255,7 +260,9 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Result:
-    """A whole answer. ``text`` excludes a matched stop string; ``token_ids`` are all that were generated."""
+    """A whole answer. ``text`` excludes a matched stop string; ``token_ids`` are all that were
+    generated.
+    """
 
     text: str
     token_ids: list[int]
@@ -267,7 +274,9 @@ class Result:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What ``llm.info`` says. Sizes in bytes; ``bits_per_weight`` over all tensors as they lie in memory."""
+    """What ``llm.info`` says. Sizes in bytes; ``bits_per_weight`` over all tensors as they lie in
+    memory.
+    """
 
     name: str
     path: str

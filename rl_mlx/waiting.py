@@ -1,8 +1,8 @@
 """Two ways to wait for a backend: blocking the thread, or awaiting in an event loop.
 
-``AsyncLLM`` is written once, over the ``Waiting`` interface. With ``Blocking`` none of its awaits ever suspends,
-so ``LLM`` can run the same coroutines by ``drive``, with no event loop and no extra thread (and in Jupyter, whose
-own loop is already running).
+``AsyncLLM`` is written once, over the ``Waiting`` interface. With ``Blocking`` none of its awaits
+ever suspends, so ``LLM`` can run the same coroutines by ``drive``, with no event loop and no extra
+thread (and in Jupyter, whose own loop is already running).
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 _DOWNLOAD = "download the model again"
 _MAGICS: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer, not the model", "run `git lfs pull`"),
@@ -35,4 +33,6 @@ def guess(head: bytes, size: int) -> tuple[str, str]:
         return "JSON text", _DOWNLOAD
     if not head.strip(b"\0"):
         return "zeros, an unfinished download", _DOWNLOAD
-    return "not GGUF: it begins with " + json.dumps(head[:4].decode("latin-1")), _DOWNLOAD
+    if b"GGUF".startswith(head):
+        return f"the first {size} bytes of a GGUF file", _DOWNLOAD
+    return f"not GGUF: it begins with {head[:16]!r}", _DOWNLOAD

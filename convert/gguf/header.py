@@ -132,12 +132,11 @@ def _begin(path: Path, data: mmap) -> tuple[_Cursor, int]:
 
 
 def _alignment(cursor: _Cursor, value: Value) -> int:
-    ok = isinstance(value, int) and not isinstance(value, bool)
-    if ok and 0 < value <= MAX_ALIGNMENT and value & (value - 1) == 0:  # type: ignore[operator]
-        return int(value)  # type: ignore[arg-type]
-    what = value if ok else f"a {type(value).__name__}"
+    if type(value) is int and 0 < value <= MAX_ALIGNMENT and not value & (value - 1):
+        return value
+    found = value if type(value) is int else f"a {type(value).__name__}"
     raise cursor.error(
-        f"general.alignment must be a power of two up to {MAX_ALIGNMENT}, not {what}; {AGAIN}"
+        f"general.alignment must be a power of two up to {MAX_ALIGNMENT}, not {found}; {AGAIN}"
     )
 
 
@@ -224,13 +223,13 @@ class _Cursor:
         layout = self.order + letter
         return struct.unpack_from(layout, self.data, self.take(struct.calcsize(layout), what))[0]
 
-    def bytes(self, what: str) -> bytes:
+    def blob(self, what: str) -> bytes:
         start = self.take(self.number("Q", what), what)
         return self.data[start : self.position]
 
     def name(self, what: str) -> str:
         try:
-            return self.bytes(what).decode("utf-8")
+            return self.blob(what).decode("utf-8")
         except UnicodeDecodeError:
             raise self.error(f"{what} is not UTF-8; {AGAIN}") from None
 
@@ -243,7 +242,7 @@ class _Cursor:
 
     def value(self, kind: ValueType, what: str, depth: int = 0) -> Value:
         if kind is ValueType.STRING:
-            return self.bytes(what).decode("utf-8", "surrogateescape")
+            return self.blob(what).decode("utf-8", "surrogateescape")
         if kind is not ValueType.ARRAY:
             return self.number(_LETTERS[kind], what)  # type: ignore[no-any-return]
         if depth == MAX_DEPTH:

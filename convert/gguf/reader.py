@@ -29,8 +29,8 @@ class GGUFFile:
     """A GGUF model opened by its header alone; a context manager.
 
     ``metadata`` (the first part's) maps to Python scalars, ``str``, NumPy arrays that are views of
-    the file, ``StringArray`` for arrays of strings, and tuples for arrays of arrays. Bytes of a value
-    that are not UTF-8 become lone surrogates (PEP 383); keys and tensor names must be UTF-8.
+    the file, ``StringArray`` for arrays of strings, and tuples for arrays of arrays. Bytes of a
+    value that are not UTF-8 become lone surrogates (PEP 383); keys and tensor names must be UTF-8.
     ``tensors`` are in file order, part after part; bytes after the last one are ignored, as
     llama.cpp does.
     """
@@ -126,16 +126,12 @@ class GGUFFile:
     def int(self, key: builtins.str, default: builtins.int | None = None) -> builtins.int:
         """A whole number."""
         value = self._get(key, default)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        return self._wrong(key, "a whole number", value)
+        return value if type(value) is int else self._wrong(key, "a whole number", value)
 
     def float(self, key: builtins.str, default: builtins.float | None = None) -> builtins.float:
         """A number, whole ones included."""
         value = self._get(key, default)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        return self._wrong(key, "a number", value)
+        return float(value) if type(value) in (int, float) else self._wrong(key, "a number", value)
 
     def array(self, key: builtins.str, default: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
         """An array of numbers or truth values, one-dimensional."""
@@ -207,25 +203,25 @@ def _part_paths(path: Path, count: int) -> list[Path]:
 
 def _split_number(header: Header, key: str, default: int) -> int:
     value = header.metadata.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise FormatError(
-            f"{header.path}: {key} must be a whole number, not {type(value).__name__}; {AGAIN}"
-        )
+    if type(value) is not int:
+        found = type(value).__name__
+        raise FormatError(f"{header.path}: {key} must be a whole number, not {found}; {AGAIN}")
     return value
 
 
 def _read(path: Path) -> Header:
     try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            what = "a folder; give a GGUF file in it" if stat.S_ISDIR(mode) else "no regular file"
-            raise FormatError(f"{path}: this is {what}")
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise FormatError(f"{path}: this is a folder; give a GGUF file in it")
+        if not stat.S_ISREG(status.st_mode):
+            raise FormatError(f"{path}: this is a device or a pipe; give a GGUF file")
+        if not status.st_size:
+            raise FormatError(f"{path}: the file is empty; download it again")
         with path.open("rb") as file:
-            if not path.stat().st_size:
-                raise FormatError(f"{path}: the file is empty; download it again")
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ModelNotFound(f"{path}: there is no such file; check the path") from None
     except (OSError, ValueError) as error:  # a NUL in the path is a ValueError
-        raise FormatError(f"{path!r}: cannot be read: {error}; check its permissions") from error
+        raise FormatError(f"{path}: cannot be read: {error}; check its permissions") from error
     return read_header(path, data)

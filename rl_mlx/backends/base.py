@@ -16,7 +16,9 @@ Emit = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class Stats:
-    """What a backend is doing now. ``kv_bytes`` are those held, ``memory_bytes`` all that is in use."""
+    """What a backend is doing now. ``kv_bytes`` are those held, ``memory_bytes`` all that is in
+    use.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -27,15 +29,17 @@ class Stats:
 class Backend(ABC):
     """Owns a loaded model and the one thread that runs it.
 
-    Any method may be called from any thread. ``emit`` is called from the backend's own thread and must not
-    block; it gets any number of ``Progress`` and ``Token`` events and then exactly one terminal one.
+    Any method may be called from any thread. ``emit`` is called from the backend's own thread and
+    must not block; it gets any number of ``Progress`` and ``Token`` events and then exactly one
+    terminal one.
     """
 
     info: ModelInfo
 
     @abstractmethod
     def submit(self, request: Request, emit: Emit) -> None:
-        """Queue ``request``. Raises ``InvalidRequest``, ``ContextOverflow`` or ``QueueFull`` at once.
+        """Queue ``request``. Raises ``InvalidRequest``, ``ContextOverflow`` or ``QueueFull`` at
+        once.
 
         The end-of-sequence token is not emitted; ``Finished("stop")`` says that it came.
         """

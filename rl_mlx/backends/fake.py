@@ -20,7 +20,9 @@ INFO = ModelInfo(
 
 
 class FakeBackend(Backend):
-    """``reply(request)`` gives the token ids of the answer; a ``RlMlxError`` it raises fails the request."""
+    """``reply(request)`` gives the token ids of the answer; a ``RlMlxError`` it raises fails the
+    request.
+    """
 
     def __init__(self, reply: Callable[[Request], Iterable[int]], info: ModelInfo = INFO) -> None:
         self.info = info
@@ -62,7 +64,7 @@ class FakeBackend(Backend):
         """Zeros."""
         return np.zeros((len(ids), self.info.vocab), np.float32)
 
-    def embed(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    def embed(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:  # noqa: ARG002
         """Not a model: an error, as a backend without embeddings gives it."""
         raise EngineError("the fake backend has no embeddings")
 

@@ -41,7 +41,9 @@ def _affinity() -> set[int]:
     return os.sched_getaffinity(0) if sys.platform == "linux" else set()
 
 
-def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float | None:
+def cpu_quota(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> float | None:
     """CPUs that the cgroup (v2 or v1) grants, or None where there is no limit."""
     limits = []
     for folder in _cgroups(root, own):
@@ -54,14 +56,16 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/
     return min(limits, default=None)
 
 
-def memory_total(
-    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
-) -> int:
+def memory_total(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
     """Bytes of memory this process may use: the machine's, or its cgroup's limit where that is lower."""
     if sys.platform == "darwin":
         return int(_sysctl("hw.memsize") or 0)
     limits = [_meminfo("MemTotal")]
-    limits += [int(_read(f / "memory.max") or 0) for f in _cgroups(root, own) if _read(f / "memory.max").isdigit()]
+    limits += [
+        int(_read(f / "memory.max") or 0)
+        for f in _cgroups(root, own)
+        if _read(f / "memory.max").isdigit()
+    ]
     return min((n for n in limits if n > 0), default=0)
 
 

@@ -16,8 +16,7 @@ from rl_mlx.convert.weights import FloatType, Weights
 from rl_mlx.engine import Engine, Runner, Scheduler, Sequence
 from rl_mlx.errors import ContextOverflow, InvalidRequest, OutOfMemory
 from rl_mlx.model.load import is_ours, load_decoder
-from rl_mlx.model.plan import KVSpec
-from rl_mlx.sample.sampler import fresh_seed
+from rl_mlx.sample.seeds import fresh_seed
 from rl_mlx.settings import ModelSettings, parse_memory
 from rl_mlx.store import ModelFiles
 from rl_mlx.types import ModelInfo, Request
@@ -50,15 +49,16 @@ class MLXBackend(Backend):
         info = _info(files, settings, weights, dtype)
         if info.weight_bytes > info.memory_budget:
             raise OutOfMemory(
-                f"{files.name} needs {info.weight_bytes / 1e9:.1f} GB for its weights alone; the budget is "
-                f"{info.memory_budget / 1e9:.1f} GB (set memory= or --memory, or take a smaller quantization)"
+                f"{files.name} needs {info.weight_bytes / 1e9:.1f} GB for its weights alone; the "
+                f"budget is {info.memory_budget / 1e9:.1f} GB (set memory= or --memory, or take a "
+                "smaller quantization)"
             )
 
         def start() -> tuple[Runner, Scheduler]:
             if is_ours(weights.config):
                 model = load_decoder(weights, info.context, dtype)
             else:
-                from rl_mlx.model.zoo import load_zoo  # noqa: PLC0415  (mlx-lm costs seconds to import)
+                from rl_mlx.model.zoo import load_zoo  # noqa: PLC0415  (slow to import)
 
                 model = load_zoo(weights, dtype)
             runner = Runner(model, CHUNK)
@@ -85,8 +85,8 @@ class MLXBackend(Backend):
             raise InvalidRequest("the prompt is empty: it encodes to no tokens")
         if room < 1:
             raise ContextOverflow(
-                f"the prompt has {len(request.prompt)} tokens and the context is {context}; shorten it or "
-                "load the model with a longer context"
+                f"the prompt has {len(request.prompt)} tokens and the context is {context}; "
+                "shorten it or load the model with a longer context"
             )
         wanted = request.params.max_tokens
         limit = room if wanted is None else min(wanted, room)
@@ -130,7 +130,9 @@ class MLXBackend(Backend):
 
 
 def _dtype(settings: ModelSettings, weights: Weights) -> FloatType:
-    """The type asked for; else the weights' own on a GPU, and float32 on a CPU, where halves are slow."""
+    """The type asked for; else the weights' own on a GPU, and float32 on a CPU, where halves are
+    slow.
+    """
     if settings.dtype is not None:
         return settings.dtype  # type: ignore[return-value]
     if mx.default_device() == mx.Device(mx.cpu):

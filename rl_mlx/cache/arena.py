@@ -1,8 +1,8 @@
 """The arena: the KV cache of all running sequences, a row each.
 
-Rows are left-aligned and know their own length, so joining, leaving, forking and taking tokens back are a length
-change or one row copy, never a re-padding. Rows in use are always ``0 .. rows - 1`` and a step runs over a range
-of them, so that attention reads the arena in place.
+Rows are left-aligned and know their own length, so joining, leaving, forking and taking tokens back
+are a length change or one row copy, never a re-padding. Rows in use are always ``0 .. rows - 1``
+and a step runs over a range of them, so that attention reads the arena in place.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ GROWTH = 256
 
 
 class Arena:
-    """Rows of every layer. ``longest_step`` bounds the tokens of a row in one step (a prefill chunk)."""
+    """Rows of every layer. ``longest_step`` bounds the tokens of a row in one step (a prefill
+    chunk).
+    """
 
     def __init__(
         self, specs: Sequence[CacheSpec], dtype: mx.Dtype, longest_step: int = 512
@@ -108,7 +110,7 @@ class ArenaStep:
         self._count = count
         self._even = all(o == offsets[0] for o in offsets)
         self._masks: dict[int | None, Mask] = {}
-        self.offset: Offset = offsets[0] if self._even else mx.array(offsets, mx.int32)
+        self.offset: Offset = offsets[0] if self._even else mx.array(list(offsets), mx.int32)
 
     def attend(
         self,
@@ -140,11 +142,13 @@ class ArenaStep:
         return kept.extend(self._start, inputs)
 
     def _mask(self, window: int | None, seen: int, capacity: int) -> Mask:
-        """Which of the ``seen`` slots each new token may look at; None or ``causal`` where that says it."""
+        """Which of the ``seen`` slots each new token may look at; None or ``causal`` where that
+        says it.
+        """
         end = max(self._offsets) + self._count
         if self._even and (window is None or end <= window):
             return None if self._count == 1 else "causal"
-        last = mx.array(self._offsets)[:, None] + (self._count - 1)
+        last = mx.array(list(self._offsets))[:, None] + (self._count - 1)
         slots = mx.arange(seen)[None]
         # The newest position that lies in a slot; below 0 where the slot is still empty.
         held = last - (last - slots) % capacity

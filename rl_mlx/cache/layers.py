@@ -1,4 +1,6 @@
-"""What one layer of the arena keeps: keys and values by position, or the last inputs of a convolution."""
+"""What one layer of the arena keeps: keys and values by position, or the last inputs of a
+convolution.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,12 @@ from rl_mlx.model.plan import KVSpec, StateSpec
 
 
 class KVLayer:
-    """Keys and values ``[slots, kv_heads, capacity, head_dim]``; the token at position p lies at p mod capacity.
+    """Keys and values ``[slots, kv_heads, capacity, head_dim]``; the token at position p lies at p
+    mod capacity.
 
-    A layer that sees everything has a capacity beyond every length, so p lies at p. A sliding layer's capacity
-    stops at its window plus the longest step: what a step overwrites is out of the window of all it may look at,
-    even when most of the step is taken back afterwards.
+    A layer that sees everything has a capacity beyond every length, so p lies at p. A sliding
+    layer's capacity stops at its window plus the longest step: what a step overwrites is out of the
+    window of all it may look at, even when most of the step is taken back afterwards.
     """
 
     def __init__(self, spec: KVSpec, longest_step: int, dtype: mx.Dtype) -> None:
@@ -55,7 +58,7 @@ class KVLayer:
             self.keys[rows, :, at : at + count] = keys
             self.values[rows, :, at : at + count] = values
             return
-        places = (mx.array(offsets)[:, None] + mx.arange(count)) % capacity
+        places = (mx.array(list(offsets))[:, None] + mx.arange(count)) % capacity
         rows_ = mx.arange(start, start + len(offsets))[:, None]
         self.keys[rows_, :, places] = keys.transpose(0, 2, 1, 3)
         self.values[rows_, :, places] = values.transpose(0, 2, 1, 3)
@@ -93,7 +96,9 @@ class StateLayer:
             self.state = mx.pad(self.state, [(0, missing), (0, 0), (0, 0)])
 
     def extend(self, start: int, inputs: mx.array) -> mx.array:
-        """``inputs`` ``[B, S, width]`` after the kept ones; ``commit`` decides how many of them are kept."""
+        """``inputs`` ``[B, S, width]`` after the kept ones; ``commit`` decides how many of them are
+        kept.
+        """
         kept = self.state[start : start + inputs.shape[0]]
         self._pending = mx.concatenate([kept, inputs], axis=1)
         return self._pending
@@ -105,7 +110,7 @@ class StateLayer:
         if all(c == counts[0] for c in counts):
             state = self._pending[:, counts[0] : counts[0] + keep]
         else:
-            places = mx.array(counts)[:, None] + mx.arange(keep)
+            places = mx.array(list(counts))[:, None] + mx.arange(keep)
             state = mx.take_along_axis(self._pending, places[..., None], axis=1)
         self.state[start : start + len(counts)] = state
         self._pending = None

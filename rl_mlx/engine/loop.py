@@ -1,7 +1,8 @@
 """The engine loop: one thread that owns the device.
 
-A step is started before the one before it is read, so that the device works while the host hands tokens out. A
-sequence that turns out to have ended has then one token too many under way, which is dropped.
+A step is started before the one before it is read, so that the device works while the host hands
+tokens out. A sequence that turns out to have ended has then one token too many under way, which is
+dropped.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ class _Step:
 
 
 class Engine:
-    """Runs ``start()``'s runner on a thread of its own; everything else is asked for by message."""
+    """Runs ``start()``'s runner on a thread of its own; all else is asked for by message."""
 
     def __init__(self, start: Callable[[], tuple[Runner, Scheduler]]) -> None:
-        """Blocks until ``start`` has returned on the engine's thread; its exception is raised here."""
+        """Waits until ``start`` has returned on the engine's thread; raises its exception."""
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._sequences: dict[str, Sequence] = {}
         self._pending: _Step | None = None
@@ -68,7 +69,7 @@ class Engine:
         def run() -> None:
             try:
                 answer.set_result(function(self._runner))
-            except BaseException as error:  # the caller's thread raises it
+            except BaseException as error:  # noqa: BLE001  (the caller's thread raises it)
                 answer.set_exception(error)
 
         self._post(run)
@@ -100,7 +101,7 @@ class Engine:
     def _main(self, start: Callable[[], tuple[Runner, Scheduler]], ready: Future[None]) -> None:
         try:
             self._runner, self._scheduler = start()
-        except BaseException as error:  # raised in the constructor's thread
+        except BaseException as error:  # noqa: BLE001  (the constructor's thread raises it)
             self._closed = True
             ready.set_exception(error)
             return
@@ -192,7 +193,9 @@ class Engine:
         self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
-        """Free what an ended sequence holds. Its part of a step under way is dropped when that is read."""
+        """Free what an ended sequence holds. Its part of a step under way is dropped when that is
+        read.
+        """
         self._scheduler.remove(sequence)
         self._sequences.pop(sequence.request.id, None)
         self._runner.release(sequence)

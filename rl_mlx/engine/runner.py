@@ -34,7 +34,9 @@ class Model(Protocol):
 
 
 class Runner:
-    """The device side of the engine. Running sequences own rows ``0 ..``; the one being prefilled the last."""
+    """The device side of the engine. Running sequences own rows ``0 ..``; the one being prefilled
+    the last.
+    """
 
     def __init__(self, model: Model, chunk: int) -> None:
         self._model = model
@@ -57,7 +59,7 @@ class Runner:
         self.arena.advance(row, [count])
         sequence.cached += count
         sequence.forwards += 1
-        mx.async_eval(*self.arena.arrays())
+        mx.async_eval(*self.arena.arrays())  # type: ignore[no-untyped-call]
 
     def first(self, sequence: Sequence) -> Sampled:
         """The answer's first token, from the last chunk's last position."""
@@ -65,7 +67,7 @@ class Runner:
         return self._sample((sequence,), logits)
 
     def decode(self, batch: tuple[Sequence, ...], inputs: mx.array | None) -> Sampled:
-        """Start one more token a sequence; ``inputs`` are their last tokens if still on the device."""
+        """Start one more token each; ``inputs`` are their last tokens if still on the device."""
         if inputs is None:
             inputs = mx.array([s.answer[-1] for s in batch])
         hidden = self._model.forward(inputs[:, None], self.arena.begin(0, len(batch), 1))
@@ -80,7 +82,9 @@ class Runner:
         return self._sampler(batch).needs_tokens
 
     def release(self, sequence: Sequence) -> None:
-        """Give a sequence's row back. Rows stay without gaps, the running ones before the one being prefilled."""
+        """Give a sequence's row back. Rows stay without gaps, the running ones before the one being
+        prefilled.
+        """
         hole, owners = sequence.row, self._owners
         if hole is None:
             return
@@ -115,7 +119,7 @@ class Runner:
             for s in batch
         ]
         sampled = self._sampler(batch).sample(logits, rows)
-        mx.async_eval(*sampled.arrays())
+        mx.async_eval(*sampled.arrays())  # type: ignore[no-untyped-call]
         for s in batch:
             s.in_flight += 1
         return sampled
@@ -126,7 +130,7 @@ class Runner:
         row = arena.add_row()
         parts = []
         for start in range(0, len(ids), self._chunk):
-            chunk = mx.array(ids[start : start + self._chunk])[None]
+            chunk = mx.array(list(ids[start : start + self._chunk]))[None]
             count = chunk.shape[1]
             parts.append(self._model.forward(chunk, arena.begin(row, row + 1, count)))
             arena.advance(row, [count])

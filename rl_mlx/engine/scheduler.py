@@ -1,14 +1,14 @@
-"""What runs next: continuous batching with chunked prefill. Pure Python: it sees neither tensors nor tokens.
+"""What runs next: continuous batching with chunked prefill. Pure Python: it sees neither tensors
+nor tokens.
 
-First come, first served, higher ``priority`` first. Prefill chunks and decode steps take turns, so that a running
-stream never waits longer than one chunk for its next token.
+First come, first served, higher ``priority`` first. Prefill chunks and decode steps take turns, so
+that a running stream never waits longer than one chunk for its next token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Union
 
 from rl_mlx.engine.sequence import Sequence
 from rl_mlx.errors import QueueFull
@@ -29,14 +29,15 @@ class Decode:
     batch: tuple[Sequence, ...]
 
 
-Work = Union[Prefill, Decode]
+Work = Prefill | Decode
 
 
 class Scheduler:
     """Sequences wait, are prefilled one at a time, then run together until they are done.
 
-    At most ``max_rows`` are in the cache at once and at most ``queue_limit`` wait. ``admit(sequence)`` is asked
-    before a waiting one gets a row, and says whether there is memory for it.
+    At most ``max_rows`` are in the cache at once and at most ``queue_limit`` wait.
+    ``admit(sequence)`` is asked before a waiting one gets a row, and says whether there is memory
+    for it.
     """
 
     def __init__(

@@ -62,7 +62,9 @@ class Sequence:
         self.emit(Progress(min(self.cached, len(self.prompt)), len(self.prompt)))
 
     def take(self, token: int, logprob: TokenLogprob | None) -> None:
-        """One more token came; ends the sequence where it says so. What comes after the end is dropped."""
+        """One more token came; ends the sequence where it says so. What comes after the end is
+        dropped.
+        """
         if self.done:
             return
         self.last = time.perf_counter()

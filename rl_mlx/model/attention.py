@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Union
-
 import mlx.core as mx
 
 from rl_mlx.model.layers import FusedLinear, Linear, RMSNorm, SplitLinear
@@ -11,7 +9,7 @@ from rl_mlx.model.plan import AttentionPlan
 from rl_mlx.model.rope import Rope
 from rl_mlx.model.step import Step
 
-Mask = Union[None, str, mx.array]
+Mask = None | str | mx.array
 
 
 class Attention:
@@ -62,7 +60,9 @@ def attend(
     softcap: float | None,
     sinks: mx.array | None,
 ) -> mx.array:
-    """Attention over dense keys and values ``[B, kv_heads, L, D]``; ``mask`` as ``mx.fast`` takes it."""
+    """Attention over dense keys and values ``[B, kv_heads, L, D]``; ``mask`` as ``mx.fast`` takes
+    it.
+    """
     if softcap is None:
         return mx.fast.scaled_dot_product_attention(
             queries, keys, values, scale=scale, mask=mask, sinks=sinks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Union
 
 import mlx.core as mx
 
@@ -16,12 +15,14 @@ from rl_mlx.model.step import Step
 
 
 class Block:
-    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``; Gemma norms the branches on their way out too."""
+    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``; Gemma norms the branches on their way out
+    too.
+    """
 
     def __init__(
         self,
-        mixer: Union[Attention, ShortConv],
-        mlp: Union[MLP, MoE],
+        mixer: Attention | ShortConv,
+        mlp: MLP | MoE,
         norms: tuple[RMSNorm, RMSNorm],
         post_norms: tuple[RMSNorm, RMSNorm] | None,
     ) -> None:

@@ -1,14 +1,13 @@
 """Weights that multiply: dense and quantized linear layers, embeddings, norms, and their fusing.
 
-MLX's own ``nn`` activations and modules are not used: many are wrapped in ``mx.compile``, which needs a C++
-compiler at run time on Linux.
+MLX's own ``nn`` activations and modules are not used: many are wrapped in ``mx.compile``, which
+needs a C++ compiler at run time on Linux.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Union
 
 import mlx.core as mx
 
@@ -106,7 +105,7 @@ class QuantizedMatrix:
         return int(self.weight.shape[-2])
 
 
-Matrix = Union[DenseMatrix, QuantizedMatrix]
+Matrix = DenseMatrix | QuantizedMatrix
 
 
 class Linear:
@@ -139,7 +138,7 @@ class FusedLinear:
     def __call__(self, x: mx.array) -> list[mx.array]:
         """One output for each part."""
         if self._cuts:
-            return mx.split(self._parts[0](x), self._cuts, axis=-1)
+            return list(mx.split(self._parts[0](x), self._cuts, axis=-1))
         return [part(x) for part in self._parts]
 
 
@@ -152,7 +151,7 @@ class SplitLinear:
 
     def __call__(self, x: mx.array) -> list[mx.array]:
         """The pieces."""
-        return mx.split(self._linear(x), self._cuts, axis=-1)
+        return list(mx.split(self._linear(x), self._cuts, axis=-1))
 
 
 class RMSNorm:

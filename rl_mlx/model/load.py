@@ -40,12 +40,14 @@ def is_ours(config: dict[str, Any]) -> bool:
 
 
 def load_decoder(weights: Weights, context: int, dtype: FloatType) -> Decoder:
-    """The decoder of ``weights``, computing in ``dtype``, for sequences of up to ``context`` tokens.
+    """The decoder of ``weights``, computing in ``dtype``, for sequences of up to ``context``
+    tokens.
 
-    Tensors are read and evaluated one block at a time, so the peak is the model plus a block. Raises
-    ``UnsupportedModel`` for an unknown family and ``FormatError`` where config and tensors disagree.
+    Tensors are read and evaluated one block at a time, so the peak is the model plus a block.
+    Raises ``UnsupportedModel`` for an unknown family and ``FormatError`` where config and tensors
+    disagree.
     """
-    family = weights.config.get("model_type")
+    family = str(weights.config.get("model_type"))
     if family not in FAMILIES:
         raise UnsupportedModel(f"architecture {family!r} is not one of {', '.join(FAMILIES)}")
     try:
@@ -81,12 +83,16 @@ class _Builder:
             mixer: Attention | ShortConv = self._conv(index, f"{at}conv.", layer.mixer)
         else:
             mixer = self._attention(index, f"{at}{names.attention}.", layer.mixer)
-        mlp = self._moe if isinstance(layer.mlp, MoEPlan) else self._mlp
+        at_mlp = f"{at}{names.mlp}."
+        if isinstance(layer.mlp, MoEPlan):
+            mlp: MLP | MoE = self._moe(at_mlp, layer.mlp)
+        else:
+            mlp = self._mlp(at_mlp, layer.mlp)
         post = None
         if names.mixer_post_norm and names.mlp_post_norm:
             post = self._norm(at + names.mixer_post_norm), self._norm(at + names.mlp_post_norm)
         norms = self._norm(at + names.mixer_norm), self._norm(at + names.mlp_norm)
-        return Block(mixer, mlp(f"{at}{names.mlp}.", layer.mlp), norms, post)  # type: ignore[arg-type]
+        return Block(mixer, mlp, norms, post)
 
     def _attention(self, index: int, at: str, plan: AttentionPlan) -> Attention:
         names = self._plan.names

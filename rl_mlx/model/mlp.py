@@ -7,7 +7,7 @@ import mlx.core as mx
 from rl_mlx.model.layers import FusedLinear, Linear, Matrix, SplitLinear, gated
 from rl_mlx.model.plan import Activation, MLPPlan, MoEPlan
 
-# From this many token-expert pairs on, sorting them by expert pays: each expert's matrix is read once.
+# From this many token-expert pairs on sorting by expert pays: each matrix is read once.
 _SORT_FROM = 64
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Union
+from typing import Literal
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "swiglu_oai"]
 
@@ -12,8 +12,9 @@ Activation = Literal["silu", "gelu_tanh", "gelu", "swiglu_oai"]
 class RopePlan:
     """Rotary embedding of the first ``dims`` of each head (Su et al. 2021), half-split layout.
 
-    ``periods`` (``dims / 2`` numbers, ``base ** (2i / dims)`` and scaled) stand in for ``base`` where the
-    frequencies are not geometric. ``scale`` multiplies positions, ``magnitude`` the rotated values (YaRN, LongRoPE).
+    ``periods`` (``dims / 2`` numbers, ``base ** (2i / dims)`` and scaled) stand in for ``base``
+    where the frequencies are not geometric. ``scale`` multiplies positions, ``magnitude`` the
+    rotated values (YaRN, LongRoPE).
     """
 
     dims: int
@@ -25,7 +26,7 @@ class RopePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPlan:
-    """Grouped-query attention of one layer. ``window`` counts the token itself and those before it."""
+    """Grouped-query attention of one layer. ``window`` counts the token itself too."""
 
     heads: int
     kv_heads: int
@@ -43,7 +44,7 @@ class AttentionPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvPlan:
-    """Gated short convolution (LFM2): a causal depthwise kernel of ``taps`` over the hidden size."""
+    """Gated short convolution (LFM2): causal and depthwise, of ``taps`` over the hidden size."""
 
     taps: int
     bias: bool = False
@@ -77,7 +78,9 @@ class MoEPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
-    """Where a family's tensors lie below ``model.layers.N.`` (canonical names, see ``convert/weights.py``)."""
+    """Where a family's tensors lie below ``model.layers.N.`` (canonical names, see
+    ``convert/weights.py``).
+    """
 
     attention: str = "self_attn"
     out: str = "o_proj"
@@ -100,8 +103,8 @@ class Names:
 class LayerPlan:
     """One block: a mixer (attention or convolution) and a feed-forward layer."""
 
-    mixer: Union[AttentionPlan, ConvPlan]
-    mlp: Union[MLPPlan, MoEPlan]
+    mixer: AttentionPlan | ConvPlan
+    mlp: MLPPlan | MoEPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +125,9 @@ class DecoderPlan:
 
 @dataclass(frozen=True)
 class KVSpec:
-    """What a layer keeps for each token: keys and values of ``heads`` x ``dim``, the last ``window`` or all."""
+    """What a layer keeps for each token: keys and values of ``heads`` x ``dim``, the last
+    ``window`` or all.
+    """
 
     heads: int
     dim: int
@@ -131,13 +136,15 @@ class KVSpec:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """What a recurrent layer keeps for each sequence: its last ``taps - 1`` inputs of width ``width``."""
+    """What a recurrent layer keeps for each sequence: its last ``taps - 1`` inputs of width
+    ``width``.
+    """
 
     taps: int
     width: int
 
 
-CacheSpec = Union[KVSpec, StateSpec]
+CacheSpec = KVSpec | StateSpec
 
 
 def cache_specs(plan: DecoderPlan) -> tuple[CacheSpec, ...]:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Union
+from typing import Any
 
 import mlx.core as mx
 
 from rl_mlx.errors import UnsupportedModel
 from rl_mlx.model.plan import RopePlan
 
-Offset = Union[int, mx.array]
+Offset = int | mx.array
 
 
 def rope_parameters(config: Mapping[str, Any], layer_type: str | None = None) -> dict[str, Any]:
     """The rope settings as transformers 5 writes them, whichever version wrote ``config``.
 
-    ``layer_type`` selects among settings kept by layer type (``full_attention``, ``sliding_attention``).
+    ``layer_type`` selects among settings kept by layer type (``full_attention``,
+    ``sliding_attention``).
     """
     parameters = config.get("rope_parameters") or {}
     if layer_type is not None and isinstance(parameters.get(layer_type), Mapping):
@@ -62,7 +63,9 @@ def _geometric(base: float, dims: int) -> list[float]:
 
 
 def _llama3(p: Mapping[str, Any], base: float, dims: int) -> tuple[float, ...]:
-    """Llama 3.1: long wavelengths are stretched by ``factor``, short ones kept, those between blended."""
+    """Llama 3.1: long wavelengths are stretched by ``factor``, short ones kept, those between
+    blended.
+    """
     factor = float(p["factor"])
     low, high = float(p.get("low_freq_factor", 1.0)), float(p.get("high_freq_factor", 4.0))
     original = float(p.get("original_max_position_embeddings", 8192))
@@ -111,7 +114,9 @@ def _yarn(p: Mapping[str, Any], base: float, dims: int, original: float) -> Rope
 def _longrope(
     p: Mapping[str, Any], config: Mapping[str, Any], base: float, dims: int, context: int
 ) -> RopePlan:
-    """LongRoPE (Ding et al. 2024): one factor a pair; the long list only where the context needs it."""
+    """LongRoPE (Ding et al. 2024): one factor a pair; the long list only where the context needs
+    it.
+    """
     longest = int(config["max_position_embeddings"])
     original = int(
         p.get("original_max_position_embeddings")
@@ -128,7 +133,9 @@ def _longrope(
 
 
 class Rope:
-    """Rotates ``[B, heads, S, head_dim]`` by the positions ``offset + 0 .. S - 1`` (an offset a row, or one)."""
+    """Rotates ``[B, heads, S, head_dim]`` by the positions ``offset + 0 .. S - 1`` (an offset a
+    row, or one).
+    """
 
     def __init__(self, plan: RopePlan, factors: mx.array | None = None) -> None:
         """``factors`` divide the base frequencies (``rope_freqs.weight`` of a GGUF file)."""

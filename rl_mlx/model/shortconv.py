@@ -26,6 +26,6 @@ class ShortConv:
         b, c, x = mx.split(self._project(x), 3, axis=-1)
         length = x.shape[1]
         padded = step.history(self._layer, b * x)
-        # A handful of taps: a sum of shifted products beats a convolution call at S = 1, and equals it.
+        # A handful of taps: a sum of shifted products is as good as a convolution call.
         y = sum(padded[:, i : i + length] * tap for i, tap in enumerate(self._taps))
         return self._out(c * (y if self._bias is None else y + self._bias))

@@ -14,7 +14,9 @@ class Step(Protocol):
 
     @property
     def offset(self) -> Offset:
-        """Position of each row's first new token: one int where all are the same, else int32 ``[B]``."""
+        """Position of each row's first new token: one int where all are the same, else int32
+        ``[B]``.
+        """
 
     def attend(
         self,
@@ -27,13 +29,15 @@ class Step(Protocol):
         softcap: float | None,
         sinks: mx.array | None,
     ) -> mx.array:
-        """Keep the new keys and values ``[B, kv_heads, S, D]``; attend from ``queries`` ``[B, heads, S, D]``.
+        """Keep the new keys and values ``[B, kv_heads, S, D]``; attend from ``queries`` ``[B,
+        heads, S, D]``.
 
         Causal, within the layer's window. Returns ``[B, heads, S, D]``.
         """
 
     def history(self, layer: int, inputs: mx.array) -> mx.array:
-        """Keep the new inputs ``[B, S, width]`` of a recurrent layer; return them after the ones it kept.
+        """Keep the new inputs ``[B, S, width]`` of a recurrent layer; return them after the ones it
+        kept.
 
         The result is ``[B, taps - 1 + S, width]``.
         """

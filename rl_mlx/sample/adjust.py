@@ -1,8 +1,10 @@
-"""What the tokens so far do to the next logits: penalties, bias and DRY, as sparse changes. Pure Python."""
+"""What the tokens so far do to the next logits: penalties, bias and DRY, as sparse changes. Pure
+Python.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,7 +12,9 @@ from rl_mlx.types import SamplingParams
 
 
 class Change(NamedTuple):
-    """What happens to one token's logit: divided (or, below zero, multiplied) by ``factor``, then ``add``."""
+    """What happens to one token's logit: divided (or, below zero, multiplied) by ``factor``, then
+    ``add``.
+    """
 
     factor: float = 1.0
     add: float = 0.0
@@ -31,7 +35,7 @@ def changes(
 ) -> dict[int, Change]:
     """Changes by token id, after ``prompt`` and ``answer``."""
     factors: dict[int, float] = {}
-    adds: Counter[int] = Counter()
+    adds: defaultdict[int, float] = defaultdict(float)
     if params.repetition_penalty != 1.0:
         recent = _last([*prompt, *answer], params.penalty_window)
         factors = dict.fromkeys(recent, params.repetition_penalty)
@@ -47,10 +51,12 @@ def changes(
 
 
 def dry_penalties(params: SamplingParams, tokens: Sequence[int]) -> list[tuple[int, float]]:
-    """DRY ("don't repeat yourself", by p-e-w): the token that would continue a repeat pays for its length.
+    """DRY ("don't repeat yourself", by p-e-w): the token that would continue a repeat pays for its
+    length.
 
-    A token that followed an earlier occurrence of the last ``n`` tokens, ``n >= dry_allowed_length``, pays
-    ``dry_multiplier * dry_base ** (n - dry_allowed_length)``, for the longest such ``n``.
+    A token that followed an earlier occurrence of the last ``n`` tokens, ``n >=
+    dry_allowed_length``, pays ``dry_multiplier * dry_base ** (n - dry_allowed_length)``, for the
+    longest such ``n``.
     """
     longest: dict[int, int] = {}
     end = len(tokens) - 1

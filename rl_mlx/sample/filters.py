@@ -1,4 +1,6 @@
-"""Filters of a batch of logits, a row each with its own settings. What a row does not ask for changes no bit."""
+"""Filters of a batch of logits, a row each with its own settings. What a row does not ask for
+changes no bit.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ def apply_changes(logits: mx.array, rows: Sequence[dict[int, Change]]) -> mx.arr
 
 
 def filtered(logits: mx.array, params: Sequence[SamplingParams], xtc: Sequence[bool]) -> mx.array:
-    """``[B, V]`` logits divided by temperature, with what the filters of each row drop at minus infinity.
+    """``[B, V]`` logits divided by temperature, with what the filters of each row drop at minus
+    infinity.
 
     Greedy rows are left as they are. ``xtc`` says for which rows the coin of XTC fell.
     """
@@ -56,7 +59,9 @@ def filtered(logits: mx.array, params: Sequence[SamplingParams], xtc: Sequence[b
 
 
 def _top_p(logits: mx.array, ordered: mx.array, params: Sequence[SamplingParams]) -> mx.array:
-    """Nucleus sampling (Holtzman et al. 2020): the fewest likeliest tokens that hold ``top_p``, one at least."""
+    """Nucleus sampling (Holtzman et al. 2020): the fewest likeliest tokens that hold ``top_p``, one
+    at least.
+    """
     probs = mx.softmax(ordered, axis=-1, precise=True)
     before = mx.cumsum(probs, axis=-1) - probs
     limit = _column([p.top_p if p.top_p < 1 else 2.0 for p in params])
@@ -76,11 +81,13 @@ def _exclude_top(
 
 
 def pick(logits: mx.array, uniforms: Sequence[float]) -> mx.array:
-    """Token ids ``[B]`` drawn from filtered logits by inverting the cumulative distribution at ``uniforms``."""
+    """Token ids ``[B]`` drawn from filtered logits by inverting the cumulative distribution at
+    ``uniforms``.
+    """
     cumulative = mx.cumsum(mx.softmax(logits, axis=-1, precise=True), axis=-1)
     target = _column(uniforms) * cumulative[:, -1:]
     return mx.argmax(cumulative > target, axis=-1)
 
 
 def _column(values: Sequence[float]) -> mx.array:
-    return mx.array(values, mx.float32)[:, None]
+    return mx.array(list(values), mx.float32)[:, None]

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from rl_mlx.sample.adjust import changes, needs_tokens
 from rl_mlx.sample.filters import apply_changes, filtered, pick
+from rl_mlx.sample.seeds import uniform
 from rl_mlx.types import SamplingParams, TokenLogprob
-
-_MASK = (1 << 64) - 1
-
-
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on these two alone, by SplitMix64 (Steele et al. 2014).
-
-    A sequence that is preempted, batched otherwise or run again therefore draws the same numbers.
-    """
-    z = (seed * 0x9E3779B97F4A7C15 + (position + 1) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return float((z ^ (z >> 31)) >> 40) / (1 << 24)  # 24 bits: exact in float32, never 1
-
-
-def fresh_seed() -> int:
-    """A seed for a request that gave none."""
-    return int.from_bytes(os.urandom(8), "little")
-
 
 @dataclass(frozen=True)
 class Row:
@@ -57,19 +39,19 @@ class Sampled:
 
     def read(self, rows: Sequence[SamplingParams]) -> list[tuple[int, TokenLogprob | None]]:
         """Tokens on the host; waits for the device."""
-        ids: list[int] = self.tokens.tolist()  # type: ignore[assignment]
+        ids = np.array(self.tokens).tolist()
         if self.logprobs is None:
             return [(token, None) for token in ids]
-        logprobs: list[float] = self.logprobs.tolist()  # type: ignore[assignment]
-        best, values = (a.tolist() for a in self.top) if self.top else ([[]] * len(ids),) * 2
-        read = []
+        logprobs = np.array(self.logprobs).tolist()
+        best, values = (np.array(a).tolist() for a in self.top) if self.top else ([], [])
+        read: list[tuple[int, TokenLogprob | None]] = []
         for b, (token, params) in enumerate(zip(ids, rows)):
             count = params.logprobs
             if count is None:
                 read.append((token, None))
-                continue
-            top = tuple(zip(best[b][:count], values[b][:count]))  # type: ignore[index]
-            read.append((token, TokenLogprob(token, logprobs[b], top)))
+            else:
+                top = tuple(zip(best[b][:count], values[b][:count])) if count else ()
+                read.append((token, TokenLogprob(token, logprobs[b], top)))
         return read
 
 

@@ -1,4 +1,6 @@
-"""Events of one request become text: detokenized, cut at stop strings, in chunks that are whole UTF-8."""
+"""Events of one request become text: detokenized, cut at stop strings, in chunks that are whole
+UTF-8.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,11 @@ from rl_mlx.types import (
 
 
 class Answer:
-    """Collects one answer. ``feed`` gives the chunk an event makes, or None; ``result`` the whole at the end.
+    """Collects one answer. ``feed`` gives the chunk an event makes, or None; ``result`` the whole
+    at the end.
 
-    ``stopped`` turns True when a stop string came: the backend should then be told to cancel, and its terminal
-    event be fed as any other.
+    ``stopped`` turns True when a stop string came: the backend should then be told to cancel, and
+    its terminal event be fed as any other.
     """
 
     def __init__(

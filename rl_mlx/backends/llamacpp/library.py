@@ -84,18 +84,6 @@ class Batch(Structure):
     ]  # fmt: skip
 
 
-class LogitBias(Structure):
-    """``struct llama_logit_bias``."""
-
-    _fields_ = [("token", c_int32), ("bias", c_float)]
-
-
-class ChainParams(Structure):
-    """``struct llama_sampler_chain_params``."""
-
-    _fields_ = [("no_perf", c_bool)]
-
-
 _LogCallback = CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
 
 # name -> (result, *arguments)
@@ -103,9 +91,7 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "llama_log_set": (None, _LogCallback, c_void_p),
     "llama_backend_init": (None,),
     "llama_numa_init": (None, c_int32),
-    "llama_version": (c_char_p,),
     "llama_print_system_info": (c_char_p,),
-    "llama_supports_rpc": (c_bool,),
     "llama_model_default_params": (ModelParams,),
     "llama_model_load_from_file": (c_void_p, c_char_p, ModelParams),
     "llama_model_free": (None, c_void_p),
@@ -133,23 +119,6 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "llama_decode": (c_int32, c_void_p, Batch),
     "llama_get_logits_ith": (POINTER(c_float), c_void_p, c_int32),
     "llama_get_embeddings_ith": (POINTER(c_float), c_void_p, c_int32),
-    "llama_sampler_chain_init": (c_void_p, ChainParams),
-    "llama_sampler_chain_add": (None, c_void_p, c_void_p),
-    "llama_sampler_free": (None, c_void_p),
-    "llama_sampler_accept": (None, c_void_p, c_int32),
-    "llama_sampler_sample": (c_int32, c_void_p, c_void_p, c_int32),
-    "llama_sampler_init_greedy": (c_void_p,),
-    "llama_sampler_init_dist": (c_void_p, c_uint32),
-    "llama_sampler_init_temp": (c_void_p, c_float),
-    "llama_sampler_init_top_k": (c_void_p, c_int32),
-    "llama_sampler_init_top_p": (c_void_p, c_float, c_size_t),
-    "llama_sampler_init_min_p": (c_void_p, c_float, c_size_t),
-    "llama_sampler_init_xtc": (c_void_p, c_float, c_float, c_size_t, c_uint32),
-    "llama_sampler_init_penalties": (c_void_p, c_int32, c_float, c_float, c_float),
-    "llama_sampler_init_logit_bias": (c_void_p, c_int32, c_int32, POINTER(LogitBias)),
-    "llama_sampler_init_dry": (
-        c_void_p, c_void_p, c_int32, c_float, c_float, c_int32, c_int32, POINTER(c_char_p), c_size_t,
-    ),
     "ggml_backend_dev_count": (c_size_t,),
     "ggml_backend_dev_get": (c_void_p, c_size_t),
     "ggml_backend_dev_name": (c_char_p, c_void_p),
@@ -160,7 +129,7 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "ggml_backend_reg_name": (c_char_p, c_void_p),
     "ggml_backend_reg_by_name": (c_void_p, c_char_p),
     "ggml_backend_reg_get_proc_address": (c_void_p, c_void_p, c_char_p),
-    "ggml_backend_device_register": (None, c_void_p),
+    "ggml_backend_register": (None, c_void_p),
 }  # fmt: skip
 
 # What the pinned release's default parameters hold: a library whose layout moved cannot show all of these.
@@ -248,7 +217,9 @@ def open_library() -> Library:
         )
     version = importlib.metadata.version("xllamacpp")
     if version.split("+")[0] != VERSION:
-        raise BackendUnavailable(f"xllamacpp {version} is not the tested {VERSION}; {INSTALL_BINDING}")
+        raise BackendUnavailable(
+            f"xllamacpp {version} is not the tested {VERSION}; {INSTALL_BINDING}"
+        )
     missing = missing_instructions()
     if missing:
         raise BackendUnavailable(
@@ -268,7 +239,9 @@ def open_library() -> Library:
 def _why_not(error: Exception) -> str:
     """One line with the fix for a library that will not load."""
     if "libgomp" in str(error):
-        return "llama.cpp needs libgomp; install it: apt-get install libgomp1 (or dnf install libgomp)"
+        return (
+            "llama.cpp needs libgomp; install it: apt-get install libgomp1 (or dnf install libgomp)"
+        )
     if "GLIBC" in str(error) or "musl" in str(error):
         return f"llama.cpp's wheel does not fit this system's C library ({platform.libc_ver()[0]}): {error}"
     return f"llama.cpp's library cannot be loaded: {error}; {INSTALL_BINDING}"

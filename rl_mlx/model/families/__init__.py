@@ -1,4 +1,6 @@
-"""The families of decoders: each module's ``plan(config, context)`` reads a Hugging Face style config."""
+"""The families of decoders: each module's ``plan(config, context)`` reads a Hugging Face style
+config.
+"""
 
 from __future__ import annotations
 

@@ -53,8 +53,9 @@ def layer_type(config: Config, layer: int) -> str:
 def window(config: Config, layer: int) -> int | None:
     """The sliding window of a layer in tokens, or None.
 
-    With ``layer_types`` the layer's own type decides; without, a ``sliding_window`` goes for every layer
-    (Mistral), unless ``use_sliding_window`` says no (Qwen) or the layer is below ``max_window_layers``.
+    With ``layer_types`` the layer's own type decides; without, a ``sliding_window`` goes for every
+    layer (Mistral), unless ``use_sliding_window`` says no (Qwen) or the layer is below
+    ``max_window_layers``.
     """
     size = config.get("sliding_window")
     if not size or config.get("use_sliding_window") is False:

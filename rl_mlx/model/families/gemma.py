@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rl_mlx.model.families.common import Config, attention, base, mlp
@@ -39,7 +40,7 @@ def _decoder(config: Config, context: int, layers: tuple[LayerPlan, ...]) -> Dec
 
 
 def _scale(config: Config) -> float:
-    return float(config.get("query_pre_attn_scalar") or 256) ** -0.5
+    return 1 / math.sqrt(config.get("query_pre_attn_scalar") or 256)
 
 
 def plan_gemma2(config: Config, context: int) -> DecoderPlan:
@@ -59,7 +60,9 @@ def plan_gemma2(config: Config, context: int) -> DecoderPlan:
 
 
 def plan_gemma3(config: Config, context: int) -> DecoderPlan:
-    """Norms on queries and keys; one layer in six sees all, and the others have a rope base of their own."""
+    """Norms on queries and keys; one layer in six sees all, and the others have a rope base of
+    their own.
+    """
     period = config.get("sliding_window_pattern") or 6
     typed: dict[str, Any] = {**config, "layer_types": _layer_types(config, period)}
     nested = "sliding_attention" in (config.get("rope_parameters") or {})

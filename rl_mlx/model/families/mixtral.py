@@ -7,7 +7,9 @@ from rl_mlx.model.plan import DecoderPlan, LayerPlan, MoEPlan, Names
 
 
 def plan(config: Config, context: int) -> DecoderPlan:
-    """Each token goes to ``num_experts_per_tok`` of ``num_local_experts``, weighted by a softmax over those."""
+    """Each token goes to ``num_experts_per_tok`` of ``num_local_experts``, weighted by a softmax
+    over those.
+    """
     moe = MoEPlan(
         experts=config["num_local_experts"],
         active=config["num_experts_per_tok"],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Union
-
 from rl_mlx.model.families.common import Config, attention, base, mlp
 from rl_mlx.model.plan import DecoderPlan, LayerPlan, MLPPlan, MoEPlan
 
@@ -23,7 +21,9 @@ def plan_qwen3(config: Config, context: int) -> DecoderPlan:
 
 
 def plan_qwen3_moe(config: Config, context: int) -> DecoderPlan:
-    """Qwen 3 with experts in every ``decoder_sparse_step``-th layer that ``mlp_only_layers`` does not name."""
+    """Qwen 3 with experts in every ``decoder_sparse_step``-th layer that ``mlp_only_layers`` does
+    not name.
+    """
     experts = config.get("num_experts") or config["num_local_experts"]
     moe = MoEPlan(
         experts=experts,
@@ -40,7 +40,7 @@ def plan_qwen3_moe(config: Config, context: int) -> DecoderPlan:
     return _qwen3(config, context, kinds)
 
 
-def _qwen3(config: Config, context: int, mlps: list[Union[MLPPlan, MoEPlan]]) -> DecoderPlan:
+def _qwen3(config: Config, context: int, mlps: list[MLPPlan | MoEPlan]) -> DecoderPlan:
     bias = bool(config.get("attention_bias", False))
     layers = tuple(
         LayerPlan(
