@@ -1,4 +1,4 @@
-"""Choosing the next token from logits: in MLX for a batch (``Sampler``), in NumPy for one row (``host``)."""
+"""Choosing the next token from logits: in MLX for a batch, in NumPy (``host``) for one row."""
 
 from __future__ import annotations
 

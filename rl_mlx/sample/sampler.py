@@ -13,6 +13,7 @@ from rl_mlx.sample.filters import apply_changes, filtered, pick
 from rl_mlx.sample.seeds import uniform
 from rl_mlx.types import SamplingParams, TokenLogprob
 
+
 @dataclass(frozen=True)
 class Row:
     """What the sampler needs to know of one sequence before its next token."""
