@@ -13,7 +13,10 @@ import numpy.typing as npt
 from rl_mlx.backends.base import Backend, Emit, Stats
 from rl_mlx.convert.open import open_weights
 from rl_mlx.convert.weights import FloatType, Weights
-from rl_mlx.engine import Engine, Runner, Scheduler, Sequence
+from rl_mlx.engine.loop import Engine
+from rl_mlx.engine.runner import Runner
+from rl_mlx.engine.scheduler import Scheduler
+from rl_mlx.engine.sequence import Sequence
 from rl_mlx.errors import ContextOverflow, InvalidRequest, OutOfMemory
 from rl_mlx.model.load import is_ours, load_decoder
 from rl_mlx.sample.seeds import fresh_seed

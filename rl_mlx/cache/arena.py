@@ -109,7 +109,7 @@ class ArenaStep:
         self._offsets = offsets
         self._count = count
         self._even = all(o == offsets[0] for o in offsets)
-        self._masks: dict[int | None, Mask] = {}
+        self._masks: dict[tuple[int | None, int], Mask] = {}
         self.offset: Offset = offsets[0] if self._even else mx.array(list(offsets), mx.int32)
 
     def attend(
@@ -124,16 +124,23 @@ class ArenaStep:
         sinks: mx.array | None,
     ) -> mx.array:
         """See ``Step.attend``."""
-        kept = self._layers[layer]
-        assert isinstance(kept, KVLayer), "attention over a layer that keeps no keys"
-        kept.write(self._start, self._offsets, keys, values)
-        length = max(self._offsets) + self._count
-        keys, values = kept.view(self._start, self._start + len(self._offsets), length)
-        window = kept.spec.window
-        if window not in self._masks:
-            self._masks[window] = self._mask(window, keys.shape[2], kept.capacity)
-        mask = self._masks[window]
+        keys, values = self.update(layer, keys, values)
+        mask = self.mask(layer)
         return attend(queries, keys, values, mask, scale=scale, softcap=softcap, sinks=sinks)
+
+    def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """See ``Step.update``."""
+        kept = self._kv(layer)
+        kept.write(self._start, self._offsets, keys, values)
+        return kept.view(self._start, self._start + len(self._offsets), self._end)
+
+    def mask(self, layer: int, window: int | None = None) -> Mask:
+        """See ``Step.mask``."""
+        kept = self._kv(layer)
+        key = kept.spec.window or window, kept.capacity
+        if key not in self._masks:
+            self._masks[key] = self._mask(*key)
+        return self._masks[key]
 
     def history(self, layer: int, inputs: mx.array) -> mx.array:
         """See ``Step.history``."""
@@ -141,15 +148,25 @@ class ArenaStep:
         assert isinstance(kept, StateLayer), "a recurrent layer that keeps no state"
         return kept.extend(self._start, inputs)
 
-    def _mask(self, window: int | None, seen: int, capacity: int) -> Mask:
-        """Which of the ``seen`` slots each new token may look at; None or ``causal`` where that
-        says it.
-        """
-        end = max(self._offsets) + self._count
-        if self._even and (window is None or end <= window):
+    def seen(self, layer: int) -> int:
+        """See ``Step.seen``."""
+        return min(self._end, self._kv(layer).capacity)
+
+    def _kv(self, layer: int) -> KVLayer:
+        kept = self._layers[layer]
+        assert isinstance(kept, KVLayer), "attention over a layer that keeps no keys"
+        return kept
+
+    @property
+    def _end(self) -> int:
+        return max(self._offsets) + self._count
+
+    def _mask(self, window: int | None, capacity: int) -> Mask:
+        """What each new token may look at; None or ``causal`` where that says it all."""
+        if self._even and (window is None or self._end <= window):
             return None if self._count == 1 else "causal"
         last = mx.array(list(self._offsets))[:, None] + (self._count - 1)
-        slots = mx.arange(seen)[None]
+        slots = mx.arange(min(self._end, capacity))[None]
         # The newest position that lies in a slot; below 0 where the slot is still empty.
         held = last - (last - slots) % capacity
         queries = (last + mx.arange(1 - self._count, 1)[None])[:, :, None]

@@ -23,9 +23,8 @@ class KVLayer:
     def __init__(self, spec: KVSpec, longest_step: int, dtype: mx.Dtype) -> None:
         self.spec = spec
         self._most = None if spec.window is None else spec.window + longest_step
-        shape = (0, spec.heads, 0, spec.dim)
-        self.keys = mx.zeros(shape, dtype)
-        self.values = mx.zeros(shape, dtype)
+        self.keys = mx.zeros((0, spec.heads, 0, spec.key_dim), dtype)
+        self.values = mx.zeros((0, spec.heads, 0, spec.value_dim), dtype)
 
     @property
     def capacity(self) -> int:
@@ -39,14 +38,9 @@ class KVLayer:
     def grow(self, slots: int, length: int) -> None:
         """Make room for ``slots`` rows of ``length`` tokens; never shrinks."""
         have, _, capacity, _ = self.keys.shape
-        more = [
-            (0, max(0, slots - have)),
-            (0, 0),
-            (0, self.capacity_for(length) - capacity),
-            (0, 0),
-        ]
-        more[2] = (0, max(0, more[2][1]))
-        if any(after for _, after in more):
+        slots, length = max(0, slots - have), max(0, self.capacity_for(length) - capacity)
+        if slots or length:
+            more = [(0, slots), (0, 0), (0, length), (0, 0)]
             self.keys, self.values = mx.pad(self.keys, more), mx.pad(self.values, more)
 
     def write(self, start: int, offsets: Sequence[int], keys: mx.array, values: mx.array) -> None:

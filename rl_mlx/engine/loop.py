@@ -20,7 +20,7 @@ from rl_mlx.engine.runner import Runner
 from rl_mlx.engine.scheduler import Decode, Prefill, Scheduler
 from rl_mlx.engine.sequence import Sequence
 from rl_mlx.errors import EngineError, QueueFull, RlMlxError
-from rl_mlx.sample import Sampled
+from rl_mlx.sample.sampler import Sampled
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

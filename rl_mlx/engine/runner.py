@@ -9,12 +9,11 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from rl_mlx.cache import Arena
+from rl_mlx.cache.arena import Arena
 from rl_mlx.engine.sequence import Sequence
 from rl_mlx.model.plan import CacheSpec
 from rl_mlx.model.step import Step
-from rl_mlx.sample import Sampled, Sampler
-from rl_mlx.sample.sampler import Row
+from rl_mlx.sample.sampler import Row, Sampled, Sampler
 
 
 class Model(Protocol):

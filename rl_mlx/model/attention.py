@@ -7,9 +7,7 @@ import mlx.core as mx
 from rl_mlx.model.layers import FusedLinear, Linear, RMSNorm, SplitLinear
 from rl_mlx.model.plan import AttentionPlan
 from rl_mlx.model.rope import Rope
-from rl_mlx.model.step import Step
-
-Mask = None | str | mx.array
+from rl_mlx.model.step import Mask, Step
 
 
 class Attention:
@@ -72,7 +70,7 @@ def attend(
     grouped = (queries * scale).reshape(rows, kv_heads, heads // kv_heads, length, dim)
     scores = grouped @ keys[:, :, None].swapaxes(-1, -2)
     scores = mx.tanh(scores / softcap) * softcap  # Gemma 2 bounds its scores
-    allowed = _as_array(mask, length, keys.shape[2])
+    allowed = mask_array(mask, length, keys.shape[2])
     if allowed is not None:
         allowed = allowed[:, :, None] if allowed.ndim == 4 else allowed
         scores = mx.where(allowed, scores, mx.array(-mx.inf, scores.dtype))
@@ -80,7 +78,7 @@ def attend(
     return (weights @ values[:, :, None]).reshape(rows, heads, length, dim)
 
 
-def _as_array(mask: Mask, queries: int, keys: int) -> mx.array | None:
+def mask_array(mask: Mask, queries: int, keys: int) -> mx.array | None:
     """A boolean array for the ``causal`` string, whose last query sees the last key."""
     if not isinstance(mask, str):
         return mask

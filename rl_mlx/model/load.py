@@ -27,7 +27,7 @@ from rl_mlx.model.plan import AttentionPlan, ConvPlan, DecoderPlan, MLPPlan, MoE
 from rl_mlx.model.rope import Rope
 from rl_mlx.model.shortconv import ShortConv
 
-_DTYPES: dict[FloatType, mx.Dtype] = {
+DTYPES: dict[FloatType, mx.Dtype] = {
     "float32": mx.float32,
     "float16": mx.float16,
     "bfloat16": mx.bfloat16,
@@ -64,7 +64,7 @@ class _Builder:
         self._weights = weights
         self._plan = plan
         self._float = dtype
-        self._dtype = _DTYPES[dtype]
+        self._dtype = DTYPES[dtype]
         self._present = set(weights.names())
 
     def decoder(self) -> Decoder:

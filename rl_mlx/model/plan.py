@@ -130,7 +130,8 @@ class KVSpec:
     """
 
     heads: int
-    dim: int
+    key_dim: int
+    value_dim: int
     window: int | None = None
 
 
@@ -150,7 +151,7 @@ CacheSpec = KVSpec | StateSpec
 def cache_specs(plan: DecoderPlan) -> tuple[CacheSpec, ...]:
     """What each layer of ``plan`` keeps."""
     return tuple(
-        KVSpec(m.kv_heads, m.head_dim, m.window)
+        KVSpec(m.kv_heads, m.head_dim, m.head_dim, m.window)
         if isinstance(m := layer.mixer, AttentionPlan)
         else StateSpec(m.taps, plan.hidden)
         for layer in plan.layers

@@ -8,6 +8,8 @@ import mlx.core as mx
 
 from rl_mlx.model.rope import Offset
 
+Mask = None | str | mx.array
+
 
 class Step(Protocol):
     """One forward of ``S`` new tokens for each of ``B`` rows."""
@@ -34,6 +36,17 @@ class Step(Protocol):
 
         Causal, within the layer's window. Returns ``[B, heads, S, D]``.
         """
+
+    def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Keep the new keys and values; return all that are kept, ``[B, kv_heads, L, D]``."""
+
+    def mask(self, layer: int, window: int | None = None) -> Mask:
+        """What each new token may look at: boolean ``[B, 1, S, L]``, or None (all), or
+        ``causal``. ``window`` counts for a layer that keeps everything.
+        """
+
+    def seen(self, layer: int) -> int:
+        """That ``L``."""
 
     def history(self, layer: int, inputs: mx.array) -> mx.array:
         """Keep the new inputs ``[B, S, width]`` of a recurrent layer; return them after the ones it
