@@ -102,7 +102,7 @@ def read_header(path: Path, data: mmap) -> Header:
         key = cursor.name(f"key {i + 1} of {pair_count}")
         if key in metadata:
             raise cursor.error(f"key {quote(key)} is there twice; {AGAIN}")
-        metadata[key] = cursor.value(cursor.value_type(key), f"the value of {quote(key)}")
+        metadata[key] = cursor.value(cursor.value_type(quote(key)), f"the value of {quote(key)}")
     alignment = _alignment(cursor, metadata.get("general.alignment", 32))
     infos = [_tensor(cursor, i, tensor_count) for i in range(tensor_count)]
     base = -(-cursor.position // alignment) * alignment
@@ -233,12 +233,12 @@ class _Cursor:
         except UnicodeDecodeError:
             raise self.error(f"{what} is not UTF-8; {AGAIN}") from None
 
-    def value_type(self, key: str) -> ValueType:
-        number = self.number("I", f"the type of {quote(key)}")
+    def value_type(self, what: str) -> ValueType:
+        number = self.number("I", f"the type of {what}")
         try:
             return ValueType(number)
         except ValueError:
-            raise self.error(f"{quote(key)} has unknown value type {number}; {AGAIN}") from None
+            raise self.error(f"{what} has unknown value type {number}; {AGAIN}") from None
 
     def value(self, kind: ValueType, what: str, depth: int = 0) -> Value:
         if kind is ValueType.STRING:

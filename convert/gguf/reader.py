@@ -63,7 +63,7 @@ class GGUFFile:
         return cls(_read_parts(Path(path)))
 
     def close(self) -> None:
-        """Let go of the files; arrays already taken stay valid, and hold the file until they go."""
+        """Let go of the tensors; arrays already taken stay valid, and keep the file mapped."""
         self._parts = ()
         self._bytes = ()
 
@@ -223,5 +223,6 @@ def _read(path: Path) -> Header:
     except (FileNotFoundError, NotADirectoryError):
         raise ModelNotFound(f"{path}: there is no such file; check the path") from None
     except (OSError, ValueError) as error:  # a NUL in the path is a ValueError
-        raise FormatError(f"{path}: cannot be read: {error}; check its permissions") from error
+        reason = getattr(error, "strerror", error)
+        raise FormatError(f"{path}: cannot be read ({reason}); check its permissions") from error
     return read_header(path, data)
