@@ -1,0 +1,29 @@
+"""Long arrays in cache-sized chunks, on a few threads: NumPy lets go of the GIL in its loops."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+THREADS = min(4, os.cpu_count() or 1)
+"""More would wait for one another: between NumPy's loops the GIL is held."""
+
+
+def in_chunks(count: int, step: int, work: Callable[[slice], None]) -> None:
+    """Call ``work`` on slices of at most ``step`` that cover ``range(count)``, in any order.
+
+    ``work`` writes its result into arrays made beforehand. Its first exception is raised here.
+    """
+    starts = range(0, count, step)
+
+    def share(thread: int) -> None:
+        for start in starts[thread::THREADS]:
+            work(slice(start, min(start + step, count)))
+
+    if len(starts) < 2 * THREADS:  # too little to be worth starting threads for
+        for thread in range(THREADS):
+            share(thread)
+        return
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(share, range(THREADS)))

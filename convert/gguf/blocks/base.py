@@ -1,0 +1,149 @@
+"""What a GGML block type is: sizes, decoding, and the integers behind the values."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from rl_mlx.convert.chunks import in_chunks
+from rl_mlx.convert.gguf.types import GGMLType
+from rl_mlx.errors import FormatError
+
+U8 = npt.NDArray[np.uint8]
+F32 = npt.NDArray[np.float32]
+
+CHUNK = 1 << 17
+"""Weights worked on at a time: their bytes stay in a core's second-level cache, calls are few."""
+
+
+class Block(ABC):
+    """A tensor type of GGUF: how blocks of ``block_size`` weights lie in ``type_size`` bytes.
+
+    Instances have no state; ``blocks.block`` gives the one of a type. Layouts are those of ggml's
+    ``ggml-common.h``, values those of its ``dequantize_row_*``, in float32.
+    """
+
+    type: ClassVar[GGMLType]
+
+    @property
+    def block_size(self) -> int:
+        """Weights in a block."""
+        return self.type.block_size
+
+    @property
+    def type_size(self) -> int:
+        """Bytes of a block."""
+        return self.type.block_bytes
+
+    def columns(self, raw: U8) -> int:
+        """Weights in a row of uint8 ``[..., row_bytes]``; ``FormatError`` if it is not blocks."""
+        count: int = raw.shape[-1] // self.type_size
+        if raw.shape[-1] % self.type_size:
+            raise FormatError(
+                f"a row of {raw.shape[-1]} bytes is not whole {self.type.name} blocks of "
+                f"{self.type_size} bytes; the file is damaged"
+            )
+        return count * self.block_size
+
+    def decode(self, raw: U8) -> F32:
+        """Decode rows of blocks, uint8 ``[..., row_bytes]``, into float32 ``[..., columns]``."""
+        columns = self.columns(raw)
+        blocks = np.ascontiguousarray(raw).reshape(-1, self.type_size)
+        values = np.empty((len(blocks), self.block_size), np.float32)
+
+        def work(chunk: slice) -> None:
+            with np.errstate(all="ignore"):  # infinite and NaN scales decode to what they say
+                values[chunk] = self.decode_blocks(blocks[chunk])
+
+        in_chunks(len(blocks), max(1, CHUNK // self.block_size), work)
+        return values.reshape(*raw.shape[:-1], columns)
+
+    @abstractmethod
+    def decode_blocks(self, blocks: U8) -> F32:
+        """Decode uint8 ``[n, type_size]`` into float32 ``[n, block_size]``."""
+
+
+class Plain(Block):
+    """Numbers as the machine knows them, one a block."""
+
+    dtype: ClassVar[np.dtype[Any]]
+    """Little-endian, as in the file."""
+
+    def view(self, raw: U8) -> npt.NDArray[Any]:
+        """Rows of bytes ``[..., row_bytes]`` as what they are, ``[..., columns]``; no copy."""
+        self.columns(raw)
+        return raw.view(self.dtype)
+
+    def decode_blocks(self, blocks: U8) -> F32:
+        """Round to float32 where the type is wider."""
+        return blocks.view(self.dtype).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Blocks as integers on a lattice: ``value = scale * (q - zero) + bias``, group by group.
+
+    ``q`` is uint8 ``[n, block_size]``; ``scale`` and ``bias`` are float32 ``[n, groups]``, as is
+    ``zero`` where it is not one number. Products fit float32 for every type: no order of operations
+    and no fused multiply-add changes a value.
+    """
+
+    q: U8
+    scale: F32
+    zero: float | F32 = 0.0
+    bias: F32 | None = None
+
+    def values(self) -> F32:
+        """The decoded weights, float32 ``[n, block_size]``."""
+        count, groups = self.scale.shape
+        values = self.q.astype(np.float32).reshape(count, groups, -1)
+        zero = self.zero[..., None] if isinstance(self.zero, np.ndarray) else np.float32(self.zero)
+        values -= zero
+        values *= self.scale[..., None]
+        if self.bias is not None:
+            values += self.bias[..., None]
+        return values.reshape(self.q.shape)
+
+    def biases(self) -> F32:
+        """The bias of ``value = scale * q + bias``, float32 ``[n, groups]``."""
+        shift = self.scale * -np.float32(self.zero)
+        return shift if self.bias is None else shift + self.bias
+
+
+class Lattice(Block):
+    """Small integers times a scale, plus a bias, that ``group`` weights share."""
+
+    group: ClassVar[int]
+    levels: ClassVar[tuple[int, ...]]
+    """The values that ``q`` takes, ascending."""
+
+    @abstractmethod
+    def codes(self, blocks: U8) -> Codes:
+        """Split uint8 ``[n, type_size]`` into integers, scales and biases."""
+
+    def decode_blocks(self, blocks: U8) -> F32:
+        """The lattice's formula, in float32."""
+        return self.codes(blocks).values()
+
+
+def half(blocks: U8, at: int) -> F32:
+    """The float16 at byte ``at`` of each block, as float32 ``[n, 1]``."""
+    return blocks[:, at : at + 2].view("<f2").astype(np.float32)
+
+
+def fields(octets: U8, bits: int, run: int) -> U8:
+    """Cut bytes into fields in ggml's order, uint8 ``[n, k]`` into ``[n, k * 8 / bits]``.
+
+    Of every ``run`` bytes (a multiple of 8) the lowest fields come first, then the next higher.
+    """
+    count = len(octets)
+    lanes = np.ascontiguousarray(octets).view(np.uint64).reshape(count, -1, 1, run // 8)
+    split = np.empty((count, lanes.shape[1], 8 // bits, run // 8), np.uint64)
+    for field in range(8 // bits):
+        np.right_shift(lanes[:, :, 0], np.uint64(field * bits), out=split[:, :, field])
+    split &= np.uint64(0x0101010101010101 * ((1 << bits) - 1))
+    return split.view(np.uint8).reshape(count, -1)
