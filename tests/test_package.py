@@ -1,0 +1,61 @@
+"""The package as people install and import it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rl_mlx
+from rl_mlx.settings import tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_importing_is_light():
+    heavy = python(
+        "import sys, rl_mlx, rl_mlx.errors, rl_mlx.types\n"
+        "print([m for m in ('mlx', 'numpy', 'transformers', 'mlx_lm', 'xllamacpp') if m in sys.modules])"
+    )
+    assert heavy == "[]"
+
+
+def test_the_public_names_are_there():
+    assert all(getattr(rl_mlx, name) is not None for name in rl_mlx.__all__)
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = rl_mlx.nothing
+
+
+def test_every_package_folder_is_listed():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {
+        ".".join(("rl_mlx", *path.parent.relative_to(ROOT / "rl_mlx").parts))
+        for path in (ROOT / "rl_mlx").rglob("__init__.py")
+        if "convert" not in path.parts
+    }
+    folders |= {
+        ".".join(("rl_mlx", *path.parent.relative_to(ROOT).parts))
+        for path in (ROOT / "convert").rglob("__init__.py")
+    }
+    assert set(setuptools["packages"]) == folders
+
+
+def test_the_version_is_one():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert rl_mlx.__version__ == project["version"]
+    assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_a_second_copy_of_convert_is_refused():
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import convert"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, check=False
+    )
+    assert "import this package as rl_mlx.convert" in done.stderr
