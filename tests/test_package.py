@@ -22,7 +22,7 @@ def python(code):
 def test_importing_is_light():
     heavy = python(
         "import sys, rl_mlx, rl_mlx.errors, rl_mlx.types\n"
-        "print([m for m in ('mlx', 'numpy', 'transformers', 'mlx_lm', 'xllamacpp') if m in sys.modules])"
+        "print([m for m in ('mlx', 'numpy', 'transformers', 'mlx_lm') if m in sys.modules])"
     )
     assert heavy == "[]"
 
