@@ -1,0 +1,73 @@
+"""Where output goes: answers to stdout, everything about them to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def complain(message: str) -> None:
+    """One error line on stderr, red where that is a terminal that wants colours."""
+    red, plain = ("\033[31m", "\033[0m") if _colours(sys.stderr) else ("", "")
+    print(f"{red}error:{plain} {message}", file=sys.stderr)
+
+
+def note(message: str) -> None:
+    """A line on stderr about what is going on."""
+    dim, plain = ("\033[2m", "\033[0m") if _colours(sys.stderr) else ("", "")
+    print(f"{dim}{message}{plain}", file=sys.stderr, flush=True)
+
+
+def _colours(stream: Any) -> bool:
+    return (
+        is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    )
+
+
+def is_terminal(stream: Any) -> bool:
+    """True for a stream that is open and a terminal."""
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+def piped_input() -> str | None:
+    """All of stdin where a file or a pipe feeds it; None for a terminal and ``/dev/null``."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):  # closed, or a test's own stream
+        return None
+    if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+        return None
+    return sys.stdin.buffer.read().decode("utf-8", errors="replace")
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A rich console; it respects NO_COLOR, TERM and the terminal's width."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout, readable by people too."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def plain(text: str) -> str:
+    """``text`` without what could move a terminal's cursor, or cannot be written as UTF-8."""
+    kept = (c if c.isprintable() else "?" for c in text)
+    return "".join(kept).encode("utf-8", "replace").decode()
+
+
+def size(count: float) -> str:
+    """Bytes for people: ``4.9 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

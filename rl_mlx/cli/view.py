@@ -1,0 +1,208 @@
+"""How a streamed answer looks: Markdown that grows in a terminal, or the bare text elsewhere."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Generator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.markdown import Markdown
+from rich.segment import Segment
+from rich.spinner import Spinner
+from rich.text import Text
+
+from rl_mlx.cli.reasoning import Splitter
+from rl_mlx.types import Chunk, FinishReason, Progress, Timings, Usage
+
+FRAMES = 12
+"""Redraws a second."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+@dataclass
+class Reply:
+    """What came of one question; ``interrupted`` when Ctrl-C ended it."""
+
+    text: str = ""
+    reasoning: str = ""
+    finish_reason: FinishReason = "cancelled"
+    timings: Timings | None = None
+    usage: Usage | None = None
+    interrupted: bool = False
+
+
+class View(Protocol):
+    """Where pieces of one answer go; a context manager around the answer."""
+
+    def __enter__(self) -> View: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def progress(self, progress: Progress) -> None:
+        """So much of the prompt is read."""
+
+    def add(self, text: str, *, reasoning: bool) -> None:
+        """More of the answer, or of the reasoning before it."""
+
+
+def show(chunks: Generator[Chunk, None, None], view: View, *, reasoning: bool) -> Reply:
+    """Stream an answer into ``view``. Ctrl-C closes ``chunks``, which cancels the request.
+
+    ``reasoning``: the prompt ended inside ``<think>`` already.
+    """
+    reply = Reply()
+    splitter = Splitter(inside=reasoning)
+
+    def give(pieces: list[tuple[bool, str]]) -> None:
+        for is_reasoning, text in pieces:
+            if is_reasoning:
+                reply.reasoning += text
+            else:
+                reply.text += text
+            view.add(text, reasoning=is_reasoning)
+
+    with view:
+        try:
+            for chunk in chunks:
+                if chunk.progress is not None:
+                    view.progress(chunk.progress)
+                give(splitter.feed(chunk.text))
+                if chunk.finish_reason is not None:
+                    reply.finish_reason = chunk.finish_reason
+                    reply.timings, reply.usage = chunk.timings, chunk.usage
+            give(splitter.flush())
+        except KeyboardInterrupt:
+            reply.interrupted = True
+        finally:
+            chunks.close()
+    return reply
+
+
+class PlainView:
+    """The answer's text and nothing else, on stdout as it comes."""
+
+    def __enter__(self) -> PlainView:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            print(flush=True)
+
+    def progress(self, progress: Progress) -> None:
+        """Not shown."""
+
+    def add(self, text: str, *, reasoning: bool) -> None:
+        """Reasoning is left out: what reads a pipe wants the answer."""
+        if not reasoning:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+
+class MarkdownView:
+    """Markdown in a terminal, without flicker: a block that is complete is printed once and for
+    all.
+
+    Only the last block, which may still change, is drawn again; where it is taller than the
+    terminal its end is shown until it is complete.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._spinner = Spinner("dots", "", style="dim")
+        self._live = Live(self, console=console, transient=True, refresh_per_second=FRAMES)
+        self._tail = ""
+        self._reasoning = False
+        self._printed = False
+
+    def __enter__(self) -> MarkdownView:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        tail, self._tail = self._tail, ""
+        self._spinner.update(text="")
+        self._live.stop()
+        self._print(tail)
+
+    def progress(self, progress: Progress) -> None:
+        """Next to the spinner, once there is something to wait for."""
+        if progress.done < progress.total:
+            percent = 100 * progress.done // max(progress.total, 1)
+            words = f"reading the prompt: {percent}% of {progress.total} tokens"
+            self._spinner.update(text=Text(words, style="dim", overflow="ellipsis", no_wrap=True))
+
+    def add(self, text: str, *, reasoning: bool) -> None:
+        """Draw more of it."""
+        if reasoning != self._reasoning and self._tail:
+            tail, self._tail = self._tail, ""
+            self._print(tail)
+        self._reasoning = reasoning
+        self._tail += _CONTROL.sub("", text)
+        if "\n" in text:
+            done, rest = complete_blocks(self._tail)
+            if done:
+                self._tail = rest
+                self._print(done)
+
+    def _print(self, text: str) -> None:
+        if text.strip():
+            if self._printed:
+                self._console.print()
+            self._console.print(self._block(text))
+            self._printed = True
+
+    def _block(self, text: str) -> Markdown | Text:
+        return Text(text.strip(), style="dim") if self._reasoning else Markdown(text)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The part that is still changing: the spinner, or the end of the last block."""
+        tail = self._tail
+        if not tail.strip():
+            if self._live.is_started:
+                yield self._spinner
+            return
+        lines = console.render_lines(self._block(tail), options, pad=False)
+        room = max(console.height - 2, 1)
+        if self._printed and len(lines) < room:
+            yield Segment.line()
+        for i, line in enumerate(lines[-room:]):
+            if i:
+                yield Segment.line()
+            yield from line
+
+
+def complete_blocks(text: str) -> tuple[str, str]:
+    """Split streamed Markdown into the blocks that no later text can change, and the rest.
+
+    Only whole lines count, and of those the last block may go on (CommonMark 0.31, appendix
+    "a parsing strategy": a block is closed when a line opens another one beside it).
+    """
+    whole = text[: text.rfind("\n") + 1]
+    starts = [
+        token.map[0]
+        for token in Markdown(whole).parsed
+        if token.level == 0 and token.map is not None and token.nesting >= 0
+    ]
+    if len(starts) < 2:
+        return "", text
+    lines = text.split("\n")  # the only line ends that the parser counts
+    return "\n".join(lines[: starts[-1]]) + "\n", "\n".join(lines[starts[-1] :])
