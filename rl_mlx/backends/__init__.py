@@ -1,8 +1,9 @@
-"""Backends: what makes tokens (MLX, llama.cpp, a fake for tests)."""
+"""Backends: what makes tokens (MLX, llama.cpp, a server at a URL, a fake for tests)."""
 
 from __future__ import annotations
 
 from rl_mlx.backends.base import Backend
+from rl_mlx.backends.choice import open_chosen
 from rl_mlx.settings import ModelSettings
 from rl_mlx.store import ModelFiles
 
@@ -14,6 +15,4 @@ def open_backend(files: ModelFiles, settings: ModelSettings) -> Backend:
 
     Raises ``BackendUnavailable``, ``UnsupportedModel``, ``FormatError`` or ``OutOfMemory``.
     """
-    from rl_mlx.backends.mlx import MLXBackend  # noqa: PLC0415  (mlx loads only when it is used)
-
-    return MLXBackend.open(files, settings)
+    return open_chosen(files, settings)

@@ -1,0 +1,279 @@
+"""Continuous batching over one llama.cpp context, on one thread.
+
+A step is one batch: the last token (and its guesses) of every running sequence, then prompts in the order they
+came, as far as there is room. Finished sequences stay in the cache as prefixes until their cells are needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+from rl_mlx.backends.llamacpp.draft import Drafter
+from rl_mlx.backends.llamacpp.model import CacheFull, Context
+from rl_mlx.backends.llamacpp.slots import Place, Run, Slot, Slots, occupy
+from rl_mlx.errors import EngineError, OutOfMemory, QueueFull, RlMlxError
+from rl_mlx.sample.host import choose
+
+T = TypeVar("T")
+QUEUE_LIMIT = 1024
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A slot's part of a batch: ``tokens`` were fed, those after the first ``sure`` are guesses.
+
+    ``first`` is the batch index of its first output, None where the prompt goes on in the next step.
+    """
+
+    slot: Slot
+    tokens: list[int]
+    sure: int
+    first: int | None
+
+
+class Engine:
+    """Owns a context and its thread. ``draft_tokens`` bounds what ``drafter`` guesses a step."""
+
+    def __init__(
+        self,
+        context: Context,
+        slots: Slots,
+        drafter: Drafter | None,
+        draft_tokens: int,
+        release: Callable[[], None],
+    ) -> None:
+        self._context = context
+        self._slots = slots
+        self._drafter = drafter
+        self._draft_tokens = draft_tokens
+        self._release = release
+        self._waiting: list[Run] = []
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._closed = False
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._main, name="llama.cpp", daemon=True)
+        self._thread.start()
+
+    # Called from any thread.
+
+    def submit(self, run: Run) -> None:
+        """Queue a request. Raises ``QueueFull``, or ``EngineError`` after ``close``."""
+        if len(self._waiting) >= QUEUE_LIMIT:
+            raise QueueFull(f"{QUEUE_LIMIT} requests are waiting already; try again later")
+        self._post(lambda: self._add(run))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; unknown ids are ignored."""
+        if not self._closed:
+            self._post(lambda: self._cancel(request_id))
+
+    def call(self, function: Callable[[], T]) -> T:
+        """``function()`` on the engine's thread, between steps."""
+        answer: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(function())
+            except BaseException as error:  # noqa: BLE001  (the caller's thread raises it)
+                answer.set_exception(error)
+
+        self._post(run)
+        return answer.result()
+
+    def counts(self) -> tuple[int, int, int]:
+        """Running, waiting, and tokens in the cache; a snapshot that may be a step old."""
+        return len(self._slots.running), len(self._waiting), self._slots.tokens
+
+    def close(self) -> None:
+        """Cancel everything, join the thread and free the model. Safe to call twice."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._inbox.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _post(self, message: Callable[[], None]) -> None:
+        with self._lock:
+            if self._closed:
+                raise EngineError("the model is closed")
+            self._inbox.put(message)
+
+    # On the engine's thread.
+
+    def _main(self) -> None:
+        while self._listen():
+            self._admit()
+            try:
+                self._step()
+            except CacheFull:
+                self._make_room()
+            except Exception as error:  # noqa: BLE001  (the loop outlives whatever a step does)
+                self._fail_running(error)
+        for slot in self._slots.running:
+            assert slot.run is not None, "running slots have a request"
+            slot.run.finish("cancelled")
+        for run in self._waiting:
+            run.finish("cancelled")
+        self._release()
+
+    def _listen(self) -> bool:
+        """Take messages, waiting for one if there is nothing to do. False when told to close."""
+        while True:
+            idle = not self._waiting and not self._slots.running
+            if not idle and self._inbox.empty():
+                return True
+            message = self._inbox.get()
+            if message is None:
+                return False
+            message()
+
+    def _add(self, run: Run) -> None:
+        if run.limit == 0:
+            run.finish("length")
+            return
+        place = len(self._waiting)
+        while place and self._waiting[place - 1].request.priority < run.request.priority:
+            place -= 1
+        self._waiting.insert(place, run)
+
+    def _cancel(self, request_id: str) -> None:
+        for run in self._waiting:
+            if run.request.id == request_id:
+                self._waiting.remove(run)
+                run.finish("cancelled")
+                return
+        for slot in self._slots.running:
+            if slot.run is not None and slot.run.request.id == request_id:
+                slot.run.finish("cancelled")
+                self._leave(slot)
+
+    def _admit(self) -> None:
+        while self._waiting:
+            run = self._waiting[0]
+            place = self._slots.find([*run.prompt, *run.answer])
+            if place is None:
+                return
+            self._waiting.pop(0)
+            self._enter(run, place)
+
+    def _enter(self, run: Run, place: Place) -> None:
+        slot, source, length = place.slot, place.source, place.length
+        if slot is not source:
+            self._context.keep(slot.id, 0)
+            if length:
+                self._context.share(source.id, slot.id, length)
+            slot.tokens = source.tokens[:length]
+        elif length < len(slot.tokens):
+            self._context.keep(slot.id, length)
+            del slot.tokens[length:]
+        if run.started is None:
+            run.started, run.reused = time.perf_counter(), length
+        occupy(slot, run)
+
+    def _step(self) -> None:
+        parts = self._plan()
+        if not parts:
+            return
+        self._context.run()
+        for part in parts:
+            self._read(part)
+
+    def _plan(self) -> list[_Part]:
+        """Fill the batch."""
+        running = self._slots.running
+        decoding = [s for s in running if s.is_decoding]
+        guesses = self._guesses(decoding)
+        parts = []
+        for slot in decoding:
+            tokens = [*slot.pending(), *guesses.get(slot.id, ())]
+            first = self._context.add(tokens, len(slot.tokens), slot.id, len(tokens))
+            parts.append(_Part(slot, tokens, 1, first))
+        for slot in running:
+            if slot.is_decoding or not self._context.room:
+                continue
+            pending = slot.pending()
+            tokens = pending[: self._context.room]
+            is_last = len(tokens) == len(pending)
+            index = self._context.add(tokens, len(slot.tokens), slot.id, int(is_last))
+            parts.append(_Part(slot, tokens, len(tokens), index if is_last else None))
+        return parts
+
+    def _guesses(self, decoding: list[Slot]) -> dict[int, list[int]]:
+        if self._drafter is None or not decoding:
+            return {}
+        wanted = []
+        for slot in decoding:
+            assert slot.run is not None, "decoding slots have a request"
+            left = slot.run.limit - len(slot.run.answer) - 1
+            if left > 0:
+                wanted.append((slot, min(self._draft_tokens, left)))
+        return self._drafter.propose(wanted) if wanted else {}
+
+    def _read(self, part: _Part) -> None:
+        """Sample from a part's logits, as long as what was guessed is what comes."""
+        slot, run = part.slot, part.slot.run
+        assert run is not None, "a part of a batch has a request"
+        run.forwards += 1
+        slot.tokens.extend(part.tokens[: part.sure])
+        run.cached = len(slot.tokens)
+        if not run.answer:
+            run.progress()
+        if part.first is None:
+            return
+        guesses = part.tokens[part.sure :]
+        run.drafted += len(guesses)
+        for step in range(len(guesses) + 1):
+            logits = self._context.logits(part.first + step)
+            token, logprob = choose(logits, run.request.params, run.seed, run.prompt, run.answer)
+            run.take(token, logprob)
+            if run.done or step == len(guesses) or token != guesses[step]:
+                break
+            run.accepted += 1
+            slot.tokens.append(token)
+        if len(slot.tokens) < run.cached + len(guesses):
+            self._context.keep(slot.id, len(slot.tokens))
+        if run.done:
+            self._leave(slot)
+
+    def _leave(self, slot: Slot) -> None:
+        """The request is over; its tokens stay for those that come."""
+        slot.run, slot.used = None, time.perf_counter()
+
+    def _make_room(self) -> None:
+        """Free cells: of the prefix not used for longest, else of the sequence that came last, which waits again."""
+        self._context.discard()
+        slot = self._slots.oldest_idle()
+        if slot is None:
+            slot = self._slots.running[-1]
+            assert slot.run is not None, "running slots have a request"
+            if len(self._slots.running) == 1:
+                slot.run.fail(
+                    OutOfMemory("the KV cache is too small for this request; lower kv_bits")
+                )
+            else:
+                self._waiting.insert(0, slot.run)
+            slot.run = None
+        self._context.keep(slot.id, 0)
+        slot.tokens.clear()
+
+    def _fail_running(self, error: Exception) -> None:
+        """A step failed: what took part is over, and nothing of it can be trusted."""
+        if not isinstance(error, RlMlxError):
+            log.exception("a step of the llama.cpp engine failed")
+            error = EngineError(f"generation failed: {type(error).__name__}: {error}")
+        self._context.discard()
+        for slot in self._slots.running:
+            assert slot.run is not None, "running slots have a request"
+            slot.run.fail(error)
+            self._leave(slot)
+            self._context.keep(slot.id, 0)
+            slot.tokens.clear()
