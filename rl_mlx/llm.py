@@ -135,7 +135,7 @@ class AsyncLLM:
                 raise InvalidRequest("stream=True takes one prompt, not a list of them")
             return self._gather([self._encode(p) for p in prompt], params)  # type: ignore[arg-type]
         ids = self._encode(prompt)  # type: ignore[arg-type]
-        return self._stream(ids, params) if stream else self._first([ids], params)
+        return self._stream(ids, params) if stream else self._first(ids, params)
 
     def chat(
         self,
@@ -150,7 +150,9 @@ class AsyncLLM:
         params = SamplingParams.of(sampling.pop("params", None), **sampling)
         text = self.apply_template(messages, tools=tools, **(template_options or {}))
         ids = self._encode_rendered(text)
-        return self._stream(ids, params) if stream else self._first([ids], params)
+        if stream:
+            return self._stream(ids, params, is_turn=True)
+        return self._first(ids, params, is_turn=True)
 
     async def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Logits of every position, float32 ``[len(ids), vocab]``."""
@@ -194,10 +196,11 @@ class AsyncLLM:
         return self._encode(ids)
 
     async def _events(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, is_turn: bool
     ) -> AsyncIterator[tuple[int, Answer, Chunk | None]]:
-        """Submit all, then yield each event's chunk as it comes. Leaving early cancels what still
-        runs.
+        """Submit all, then yield each event's chunk as it comes; leaving early cancels the rest.
+
+        ``is_turn``: the answers begin a text of their own, rather than go on from the prompt's.
         """
         channel = self._waiting.channel()
         answers: list[Answer] = []
@@ -208,7 +211,8 @@ class AsyncLLM:
                     id=next(self._ids), prompt=tuple(prompt), params=params,
                     eos_ids=self._tokenizer.eos_ids,
                 )  # fmt: skip
-                detokenizer = Detokenizer(self._tokenizer)
+                continues = not is_turn and not self._tokenizer.special_ids.issuperset(prompt)
+                detokenizer = Detokenizer(self._tokenizer, continues=continues)
                 answers.append(Answer(detokenizer, params.stop, len(prompt)))
                 self._backend.submit(request, lambda event, i=index: channel.put((i, event)))
                 running[index] = request.id
@@ -216,7 +220,7 @@ class AsyncLLM:
                 index, event = await channel.get()
                 answer = answers[index]
                 was_stopped = answer.stopped
-                if isinstance(event, (Finished, Failed)):
+                if isinstance(event, Finished | Failed):
                     del running[index]
                 chunk = answer.feed(event)
                 if answer.stopped and not was_stopped and index in running:
@@ -226,8 +230,10 @@ class AsyncLLM:
             for request_id in running.values():
                 self._backend.cancel(request_id)
 
-    async def _stream(self, prompt: Sequence[int], params: SamplingParams) -> AsyncIterator[Chunk]:
-        events = self._events([prompt], params)
+    async def _stream(
+        self, prompt: Sequence[int], params: SamplingParams, *, is_turn: bool = False
+    ) -> AsyncIterator[Chunk]:
+        events = self._events([prompt], params, is_turn=is_turn)
         try:
             async for _, _, chunk in events:
                 if chunk is not None:
@@ -236,15 +242,17 @@ class AsyncLLM:
             await events.aclose()  # type: ignore[attr-defined]
 
     async def _gather(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, is_turn: bool = False
     ) -> list[Result]:
         answers: dict[int, Answer] = {}
-        async for index, answer, _ in self._events(prompts, params):
+        async for index, answer, _ in self._events(prompts, params, is_turn=is_turn):
             answers[index] = answer
         return [answers[i].result() for i in range(len(prompts))]
 
-    async def _first(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Result:
-        return (await self._gather(prompts, params))[0]
+    async def _first(
+        self, prompt: Sequence[int], params: SamplingParams, *, is_turn: bool = False
+    ) -> Result:
+        return (await self._gather([prompt], params, is_turn=is_turn))[0]
 
 
 def _is_batch(prompt: object) -> bool:

@@ -6,17 +6,17 @@ seconds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 
 from rl_mlx.convert.weights import FloatType, Weights
-from rl_mlx.errors import FormatError, UnsupportedModel
+from rl_mlx.errors import UnsupportedModel
 from rl_mlx.model.attention import mask_array
 from rl_mlx.model.load import DTYPES
 from rl_mlx.model.plan import CacheSpec, KVSpec
-from rl_mlx.model.rope import Offset, rope_parameters
+from rl_mlx.model.rope import Offset
 from rl_mlx.model.step import Mask, Step
 
 
@@ -35,29 +35,15 @@ def load_zoo(weights: Weights, dtype: FloatType) -> ZooModel:
     from mlx_lm.utils import load_model  # noqa: PLC0415  (slow to import)
 
     try:
-        model, _ = load_model(weights.path, lazy=True, model_config=_older(weights.config))
-    except ValueError as error:
+        model, _ = load_model(weights.path, lazy=True, model_config=weights.config)
+    except (ValueError, TypeError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        kind = UnsupportedModel if "not supported" in reason else FormatError
-        raise kind(f"mlx-lm cannot load {weights.path.name} ({family}): {reason}") from error
+        raise UnsupportedModel(
+            f"mlx-lm cannot load {weights.path.name} ({family}): {reason}; try --backend llama.cpp"
+        ) from error
     model.set_dtype(DTYPES[dtype])
     mx.eval(model.parameters())
     return ZooModel(model, DTYPES[dtype])
-
-
-def _older(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers 5 keeps in ``rope_parameters``, where mlx-lm's models look for it."""
-    parameters = config.get("rope_parameters")
-    if not parameters or "rope_theta" not in parameters:
-        return {}
-    merged = rope_parameters(config)
-    scaling = {k: v for k, v in merged.items() if k not in {"rope_theta", "partial_rotary_factor"}}
-    older: dict[str, Any] = {"rope_theta": merged["rope_theta"]}
-    if "partial_rotary_factor" in merged:
-        older["partial_rotary_factor"] = merged["partial_rotary_factor"]
-    if merged["rope_type"] != "default":
-        older["rope_scaling"] = {**scaling, "type": merged["rope_type"]}
-    return older
 
 
 class ZooModel:
