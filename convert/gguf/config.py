@@ -1,0 +1,323 @@
+"""GGUF metadata as a Hugging Face style config, fit for our decoder and mlx-lm's ``ModelArgs``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from rl_mlx.convert.gguf.reader import GGUFFile
+from rl_mlx.convert.gguf.rope import rope_parameters, short
+from rl_mlx.convert.hfconfig import bilingual, layer_types
+from rl_mlx.errors import FormatError, UnsupportedModel
+
+Fields = dict[str, Any]
+
+
+def gguf_config(file: GGUFFile) -> dict[str, Any]:
+    """The config of ``file``, in both dialects of ``hfconfig``.
+
+    Raises ``UnsupportedModel`` for an architecture that is none of ours, and ``FormatError`` where
+    a key is missing or cannot be right.
+    """
+    arch = file.str("general.architecture")
+    if arch not in _ARCHITECTURES:
+        raise UnsupportedModel(
+            f"{file.paths[0]}: architecture {arch!r} is not supported on MLX; "
+            "try --backend llama.cpp"
+        )
+    name, fields = _ARCHITECTURES[arch]
+    keys = _Keys(file, arch)
+    config = _common(keys) | {"model_type": name} | fields(keys)
+    config["architectures"] = [_CLASSES[config["model_type"]]]
+    return bilingual(config)
+
+
+class _Keys:
+    """The keys of one architecture, without its prefix, and sizes that much follows from."""
+
+    def __init__(self, file: GGUFFile, arch: str) -> None:
+        self.file = file
+        self.path = file.paths[0]
+        self.arch = arch
+        self.layers = self.count("block_count")
+        self.hidden = self.count("embedding_length")
+        self.heads = max(self.per_layer("attention.head_count"))
+        if self.heads < 1:
+            raise FormatError(f"{self.path}: a model of {self.heads} attention heads cannot be")
+        self.head_dim = self.count("attention.key_length", self.hidden // self.heads)
+
+    def has(self, key: str) -> bool:
+        return f"{self.arch}.{key}" in self.file.metadata
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A positive whole number."""
+        value = self.file.int(f"{self.arch}.{key}", default)
+        if not 0 < value < 1 << 31:
+            raise FormatError(f"{self.path}: {self.arch}.{key} cannot be {value}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number, as short as float32 allows."""
+        value = short(self.file.float(f"{self.arch}.{key}", default))
+        if not math.isfinite(value):
+            raise FormatError(f"{self.path}: {self.arch}.{key} cannot be {value}")
+        return value
+
+    def per_layer(self, key: str, default: int | None = None) -> list[int]:
+        """A number a layer, from an array or from one number for all."""
+        value = self.file.get(f"{self.arch}.{key}")
+        if not isinstance(value, np.ndarray):
+            return [self.file.int(f"{self.arch}.{key}", default)] * min(self.layers, 1 << 16)
+        if value.dtype.kind not in "iub" or len(value) < self.layers:
+            raise FormatError(
+                f"{self.path}: {self.arch}.{key} must give {self.layers} whole numbers"
+            )
+        return [int(v) for v in value[: self.layers]]
+
+    def uniform(self, key: str, default: int | None = None) -> int:
+        """A positive number that is the same in all layers."""
+        values = set(self.per_layer(key, default))
+        if len(values) != 1:
+            raise UnsupportedModel(
+                f"{self.path}: {self.arch}.{key} differs from layer to layer, which is not "
+                "supported on MLX; try --backend llama.cpp"
+            )
+        return self.positive(key, values.pop())
+
+    def positive(self, key: str, value: int) -> int:
+        if value < 1:
+            raise FormatError(f"{self.path}: {self.arch}.{key} cannot be {value}")
+        return value
+
+
+def _common(keys: _Keys) -> Fields:
+    file = keys.file
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise FormatError(
+            f"{keys.path}: tensor 'token_embd.weight' is missing or no matrix; "
+            "this may be a vocabulary, an adapter or a projector, and no model"
+        )
+    if keys.layers > len(file.tensors):
+        raise FormatError(
+            f"{keys.path}: {keys.layers} blocks are not in {len(file.tensors)} tensors"
+        )
+    if keys.count("attention.value_length", keys.head_dim) != keys.head_dim:
+        raise UnsupportedModel(
+            f"{keys.path}: values of another width than keys are not supported on MLX; "
+            "try --backend llama.cpp"
+        )
+    config: Fields = {
+        "vocab_size": embedding.shape[0],
+        "hidden_size": keys.hidden,
+        "num_hidden_layers": keys.layers,
+        "num_attention_heads": keys.uniform("attention.head_count"),
+        "head_dim": keys.head_dim,
+        "max_position_embeddings": keys.count("context_length"),
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": rope_parameters(file, keys.arch, keys.head_dim),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "hidden_act": "silu",
+    }
+    for name in ("bos_token_id", "eos_token_id"):
+        if f"tokenizer.ggml.{name}" in file.metadata:
+            config[name] = file.int(f"tokenizer.ggml.{name}")
+    return config
+
+
+def _dense(keys: _Keys) -> Fields:
+    return {
+        "num_key_value_heads": keys.uniform("attention.head_count_kv", keys.heads),
+        "intermediate_size": keys.uniform("feed_forward_length"),
+    }
+
+
+def _experts(keys: _Keys) -> Fields:
+    experts, used = keys.count("expert_count"), keys.count("expert_used_count")
+    if used > experts:
+        raise FormatError(f"{keys.path}: {used} experts of {experts} cannot be used")
+    return {"num_local_experts": experts, "num_experts_per_tok": used}
+
+
+def _llama(keys: _Keys) -> Fields:
+    if keys.file.int(f"{keys.arch}.rope.dimension_count", keys.head_dim) != keys.head_dim:
+        raise UnsupportedModel(
+            f"{keys.path}: {keys.arch} models that rotate a part of each head are not supported "
+            "on MLX; try --backend llama.cpp"
+        )
+    fields = _dense(keys)
+    if keys.file.int(f"{keys.arch}.expert_count", 0):
+        return fields | _experts(keys) | {"model_type": "mixtral"}
+    for field, tensor in (("attention_bias", "attn_q"), ("mlp_bias", "ffn_down")):
+        fields[field] = f"blk.0.{tensor}.bias" in keys.file.tensors
+    return fields
+
+
+def _mistral3(keys: _Keys) -> Fields:
+    fields = _llama(keys)
+    if not keys.has("attention.temperature_scale"):
+        return fields
+    # Queries grow with their position: Ministral 3, of which mlx-lm has a module.
+    parameters = rope_parameters(keys.file, keys.arch, keys.head_dim)
+    beta = keys.number("attention.temperature_scale")
+    original = parameters.get("original_max_position_embeddings", keys.count("context_length"))
+    parameters |= {
+        "llama_4_scaling_beta": beta,
+        "original_max_position_embeddings": original,
+    }
+    return fields | {"model_type": "ministral3", "rope_parameters": parameters}
+
+
+def _qwen3_moe(keys: _Keys) -> Fields:
+    experts = _experts(keys)
+    return {
+        **_dense_or_experts(keys),
+        **experts,
+        "moe_intermediate_size": keys.count("expert_feed_forward_length"),
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "attention_bias": False,
+    }
+
+
+def _dense_or_experts(keys: _Keys) -> Fields:
+    """As ``_dense``, where files without dense layers may leave their width out."""
+    fields = {"num_key_value_heads": keys.uniform("attention.head_count_kv", keys.heads)}
+    inner = keys.count("expert_feed_forward_length")
+    return fields | {"intermediate_size": keys.uniform("feed_forward_length", inner)}
+
+
+def _windows(keys: _Keys, period: int) -> Fields:
+    """Which layers see a window; ``period`` where the file does not say."""
+    if not keys.has("attention.sliding_window"):
+        return {"sliding_window": None, "layer_types": layer_types(keys.layers, 1)}
+    key = "attention.sliding_window_pattern"
+    if isinstance(keys.file.get(f"{keys.arch}.{key}"), np.ndarray):
+        kinds = ["sliding_attention" if w else "full_attention" for w in keys.per_layer(key)]
+    else:
+        kinds = layer_types(keys.layers, keys.count(key, period))
+    return {"sliding_window": keys.count("attention.sliding_window"), "layer_types": kinds}
+
+
+def _gemma_scale(keys: _Keys, largest: int) -> Fields:
+    """Scores are divided by the root of this: the head's width, but not in the largest model.
+
+    That one is known by its layers. Source: google/gemma_pytorch, config.py; no file says it.
+    """
+    if keys.has("attention.scale"):
+        scale = keys.number("attention.scale")
+        return {"query_pre_attn_scalar": scale**-2 if scale > 0 else keys.head_dim}
+    own = keys.hidden // keys.heads if keys.layers == largest else keys.head_dim
+    return {"query_pre_attn_scalar": own}
+
+
+def _gemma2(keys: _Keys) -> Fields:
+    windows = _windows(keys, 2)
+    if windows["sliding_window"] is None:
+        windows = {"sliding_window": 4096, "layer_types": layer_types(keys.layers, 2)}
+    return {
+        **_dense(keys),
+        **windows,
+        **_gemma_scale(keys, 46),
+        "attn_logit_softcapping": keys.number("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": keys.number("final_logit_softcapping", 30.0),
+        **_GELU,
+    }
+
+
+def _gemma3(keys: _Keys) -> Fields:
+    full = rope_parameters(keys.file, keys.arch, keys.head_dim, 1_000_000.0)
+    local = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 10_000.0)}
+    cap = keys.number("final_logit_softcapping", 0.0)
+    return {
+        **_dense(keys),
+        **_windows(keys, 6),
+        **_gemma_scale(keys, 62),
+        "rope_parameters": {"full_attention": full, "sliding_attention": local},
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": cap or None,
+        **_GELU,
+    }
+
+
+_GELU: Mapping[str, str] = MappingProxyType(
+    {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+)
+
+
+def _phi3(keys: _Keys) -> Fields:
+    fields = _dense(keys) | {"sliding_window": None}
+    if window := keys.file.int(f"{keys.arch}.attention.sliding_window", 0):
+        fields["sliding_window"] = window  # the converter writes 0 for Phi 4, which has none
+    if keys.has("rope.scaling.original_context_length"):
+        original = keys.count("rope.scaling.original_context_length")
+        fields["original_max_position_embeddings"] = original
+    return fields
+
+
+def _gpt_oss(keys: _Keys) -> Fields:
+    parameters = rope_parameters(keys.file, keys.arch, keys.head_dim)
+    if parameters["rope_type"] == "yarn":
+        parameters["truncate"] = False  # its config says so, and GGUF has no word for it
+    return {
+        **_experts(keys),
+        **_windows(keys, 2),
+        "num_key_value_heads": keys.uniform("attention.head_count_kv", keys.heads),
+        "intermediate_size": keys.count("expert_feed_forward_length"),
+        "rope_parameters": parameters,
+        "attention_bias": True,
+        "swiglu_limit": 7.0,
+    }
+
+
+def _lfm2(keys: _Keys) -> Fields:
+    kv_heads = keys.per_layer("attention.head_count_kv", keys.heads)
+    inner = keys.uniform("feed_forward_length")
+    return {
+        "num_key_value_heads": keys.positive("attention.head_count_kv", max(kv_heads)),
+        "layer_types": ["full_attention" if n else "conv" for n in kv_heads],
+        "norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "conv_L_cache": keys.count("shortconv.l_cache"),
+        "conv_bias": False,
+        "intermediate_size": inner,
+        "block_dim": keys.hidden,
+        "block_ff_dim": inner,
+        "block_auto_adjust_ff_dim": False,
+    }
+
+
+_ARCHITECTURES: Mapping[str, tuple[str, Callable[[_Keys], Fields]]] = MappingProxyType(
+    {
+        "llama": ("llama", _llama),
+        "mistral3": ("mistral", _mistral3),
+        "qwen2": ("qwen2", _dense),
+        "qwen3": ("qwen3", _dense),
+        "qwen3moe": ("qwen3_moe", _qwen3_moe),
+        "gemma2": ("gemma2", _gemma2),
+        "gemma3": ("gemma3_text", _gemma3),
+        "phi3": ("phi3", _phi3),
+        "gpt-oss": ("gpt_oss", _gpt_oss),
+        "lfm2": ("lfm2", _lfm2),
+    }
+)
+_CLASSES: Mapping[str, str] = MappingProxyType(
+    {
+        "llama": "LlamaForCausalLM",
+        "mistral": "MistralForCausalLM",
+        "ministral3": "Ministral3ForCausalLM",
+        "mixtral": "MixtralForCausalLM",
+        "qwen2": "Qwen2ForCausalLM",
+        "qwen3": "Qwen3ForCausalLM",
+        "qwen3_moe": "Qwen3MoeForCausalLM",
+        "gemma2": "Gemma2ForCausalLM",
+        "gemma3_text": "Gemma3ForCausalLM",
+        "phi3": "Phi3ForCausalLM",
+        "gpt_oss": "GptOssForCausalLM",
+        "lfm2": "Lfm2ForCausalLM",
+    }
+)
