@@ -2,7 +2,7 @@
 
 The expressions are those of the models' own ``tokenizer.json`` files (Oniguruma syntax), under the
 names that llama.cpp gives them in ``llama-vocab.cpp``. Each cuts what the ones before it left; a
-match is a word, and so is what lies between matches. Other scripts are escaped: editors change them.
+match is a word, and so is what lies between matches. Other scripts are escaped: tools alter them.
 """
 
 from __future__ import annotations

@@ -13,8 +13,7 @@ class StopMatcher:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(sorted({stop for stop in stops if stop}, key=len, reverse=True))
-        self._longest = max(map(len, self._stops), default=0)
+        self._stops = tuple({stop for stop in stops if stop})
         self._held = ""
         self._stopped = False
 
@@ -52,8 +51,11 @@ class StopMatcher:
 
     def _could_begin(self, text: str) -> int:
         """The first index from which the rest of ``text`` is the beginning of a stop string."""
-        for start in range(max(0, len(text) - self._longest + 1), len(text)):
-            rest = text[start:]
-            if any(stop.startswith(rest) for stop in self._stops):
-                return start
-        return len(text)
+        first = len(text)
+        for stop in self._stops:
+            start = text.find(stop[0], max(0, len(text) - len(stop) + 1), first)
+            while start >= 0 and not stop.startswith(text[start:]):
+                start = text.find(stop[0], start + 1, first)
+            if start >= 0:
+                first = start
+        return first
