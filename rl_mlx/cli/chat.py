@@ -27,7 +27,7 @@ def command(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MODEL] [PROMPT]...",
+            metavar="MODEL|PROMPT",
             help="A first word with a space in it, or with ? or ! at its end, is the prompt.",
         ),
     ] = None,

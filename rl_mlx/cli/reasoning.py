@@ -33,8 +33,9 @@ class Splitter:
             before, _, self._held = self._held.partition(CLOSE)
             self._give(pieces, before.rstrip())
             self._inside, self._fresh = False, True
-        keep = _overlap(self._held, CLOSE) if self._inside else 0
-        cut = len(self._held) - keep
+        cut = len(self._held)
+        if self._inside:  # blank space before the tag, and the tag's own start
+            cut = len(self._held[: cut - _overlap(self._held, CLOSE)].rstrip())
         ready, self._held = self._held[:cut], self._held[cut:]
         self._give(pieces, ready)
         return pieces

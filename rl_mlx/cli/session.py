@@ -200,8 +200,9 @@ class Session:
             self.conversation.set_param(name, value.strip())
         changed = self.conversation.changed_params()
         for field in fields(SamplingParams):
-            mark = "*" if field.name in changed else " "
-            print(f"{mark} {field.name:<20} {getattr(self.conversation.params, field.name)}")
+            if not name or field.name in changed:
+                mark = "*" if field.name in changed else " "
+                print(f"{mark} {field.name:<20} {getattr(self.conversation.params, field.name)}")
 
     def _show_stats(self, _: str) -> None:
         if self._last is None or self._last.timings is None or self._last.usage is None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import sys
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,14 +16,16 @@ if TYPE_CHECKING:
 
 def complain(message: str) -> None:
     """One error line on stderr, red where that is a terminal that wants colours."""
-    red, plain = ("\033[31m", "\033[0m") if _colours(sys.stderr) else ("", "")
-    print(f"{red}error:{plain} {message}", file=sys.stderr)
+    red, end = ("\033[31m", "\033[0m") if _colours(sys.stderr) else ("", "")
+    print(f"{red}error:{end} {message}", file=sys.stderr)
 
 
 def note(message: str) -> None:
     """A line on stderr about what is going on."""
-    dim, plain = ("\033[2m", "\033[0m") if _colours(sys.stderr) else ("", "")
-    print(f"{dim}{message}{plain}", file=sys.stderr, flush=True)
+    dim, end = ("\033[2m", "\033[0m") if _colours(sys.stderr) else ("", "")
+    if is_terminal(sys.stderr):
+        message = textwrap.fill(message, shutil.get_terminal_size().columns)
+    print(f"{dim}{message}{end}", file=sys.stderr, flush=True)
 
 
 def _colours(stream: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Protocol
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
-from rich.segment import Segment
+from rich.segment import Segment, Segments
 from rich.spinner import Spinner
 from rich.text import Text
 
@@ -167,11 +167,16 @@ class MarkdownView:
         if text.strip():
             if self._printed:
                 self._console.print()
-            self._console.print(self._block(text))
+            lines = self._lines(text, self._console, self._console.options)
+            self._console.print(Segments([*_joined(lines), Segment.line()]))
             self._printed = True
 
-    def _block(self, text: str) -> Markdown | Text:
-        return Text(text.strip(), style="dim") if self._reasoning else Markdown(text)
+    def _lines(self, text: str, console: Console, options: ConsoleOptions) -> list[list[Segment]]:
+        """Rendered, without the blank lines that rich puts around some blocks."""
+        block = Text(text.strip(), style="dim") if self._reasoning else Markdown(text)
+        lines = console.render_lines(block, options, pad=False)
+        shown = [i for i, line in enumerate(lines) if any(map(_is_seen, line))]
+        return lines[shown[0] : shown[-1] + 1] if shown else []
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The part that is still changing: the spinner, or the end of the last block."""
@@ -180,14 +185,23 @@ class MarkdownView:
             if self._live.is_started:
                 yield self._spinner
             return
-        lines = console.render_lines(self._block(tail), options, pad=False)
+        lines = self._lines(tail, console, options)
         room = max(console.height - 2, 1)
         if self._printed and len(lines) < room:
             yield Segment.line()
-        for i, line in enumerate(lines[-room:]):
-            if i:
-                yield Segment.line()
-            yield from line
+        yield from _joined(lines[-room:])
+
+
+def _is_seen(segment: Segment) -> bool:
+    """True for what is not blank: text, or a coloured background."""
+    colour = segment.style.bgcolor if segment.style else None
+    return bool(segment.text.strip()) or colour is not None
+
+
+def _joined(lines: list[list[Segment]]) -> list[Segment]:
+    """The lines with ends between them and none after the last."""
+    segments = [s for line in lines for s in (*line, Segment.line())]
+    return segments[:-1]
 
 
 def complete_blocks(text: str) -> tuple[str, str]:
