@@ -1,4 +1,4 @@
-"""Model formats: GGUF and safetensors in and out. Imported as ``rl_mlx.convert``, never as ``convert``."""
+"""Model formats, in and out. Imported as ``rl_mlx.convert``, never as ``convert``."""
 
 from __future__ import annotations
 

@@ -74,15 +74,15 @@ class FolderWeights(Weights):
         packing = self._packing(name)
         return (*shape[:-1], shape[-1] * 32 // packing.bits) if packing else shape
 
-    def nbytes(self, name: str) -> int:
-        """See ``Weights``."""
+    def nbytes(self, name: str, *, exact: bool = False) -> int:  # noqa: ARG002
+        """See ``Weights``; what lies in a folder is exact as it is."""
         array, packing = self._arrays[name], self._packing(name)
         if packing is None:
             return math.prod(array.shape) * (4 if array.dtype == "F32" else 2)
         groups = math.prod(array.shape) * 32 // packing.bits // packing.group_size
         return math.prod(array.shape) * 4 + groups * (8 if packing.mode == "affine" else 1)
 
-    def load(self, name: str, scales: FloatType = "float32") -> Tensor:
+    def load(self, name: str, scales: FloatType = "float32", *, exact: bool = False) -> Tensor:  # noqa: ARG002
         """See ``Weights``; scales too large for the type asked for are given in float32.
 
         Raises ``UnsupportedModel`` for a tensor of another type than float32, float16, bfloat16.

@@ -83,12 +83,14 @@ class Weights(ABC):
         """Logical shape; costs no reading. ``KeyError`` where there is no such tensor."""
 
     @abstractmethod
-    def nbytes(self, name: str) -> int:
-        """Bytes that ``load(name)`` will take, known beforehand."""
+    def nbytes(self, name: str, *, exact: bool = False) -> int:
+        """Bytes that ``load`` will take, known beforehand."""
 
     @abstractmethod
-    def load(self, name: str, scales: FloatType = "float32") -> Tensor:
+    def load(self, name: str, scales: FloatType = "float32", *, exact: bool = False) -> Tensor:
         """Read one tensor. ``scales`` is the float type of a packed tensor's scales and biases.
+
+        ``exact``: a tensor that no packed container holds to the last bit comes dense, in float32.
 
         Raises ``FormatError`` where the bytes are not there or the shape contradicts the config.
         """

@@ -42,10 +42,10 @@ class RandomWeights(Weights):
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 
-    def nbytes(self, name: str) -> int:
+    def nbytes(self, name: str, *, exact: bool = False) -> int:
         return self._tensors[name].nbytes
 
-    def load(self, name: str, scales: FloatType = "float32") -> Tensor:
+    def load(self, name: str, scales: FloatType = "float32", *, exact: bool = False) -> Tensor:
         return Dense(self._tensors[name].astype(np.float32), "float32")
 
     def close(self) -> None:

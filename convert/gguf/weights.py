@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -58,13 +59,14 @@ class GGUFWeights(Weights):
         """See ``Weights``."""
         return self._expected[name]
 
-    def nbytes(self, name: str) -> int:
+    def nbytes(self, name: str, *, exact: bool = False) -> int:
         """See ``Weights``."""
         shape = self._expected[name]
         info = self._file.tensors[self._sources[name]]
-        return container(info.type, info.shape[-1]).nbytes(shape)
+        made = container(info.type, info.shape[-1])
+        return made.nbytes(shape) if made.exact or not exact else 4 * math.prod(shape)
 
-    def load(self, name: str, scales: FloatType = "float32") -> Tensor:
+    def load(self, name: str, scales: FloatType = "float32", *, exact: bool = False) -> Tensor:
         """See ``Weights``. Plain floats that need no change are views of the file.
 
         Raises ``UnsupportedModel`` for a tensor type that is not supported.
@@ -78,6 +80,8 @@ class GGUFWeights(Weights):
         if permuted:
             heads = "num_attention_heads" if permuted[1] == "q" else "num_key_value_heads"
             raw = _half_split(raw.reshape(info.shape[0], -1), self.config[heads]).reshape(raw.shape)
+        if exact and not container(info.type, info.shape[-1]).exact:
+            return Dense(block(info.type).decode(raw).reshape(self._expected[name]), "float32")
         tensor = repack(raw, info.type, scales)
         if isinstance(tensor, Dense):  # a kernel has an axis more here than in the file
             return Dense(tensor.array.reshape(self._expected[name]), tensor.dtype)

@@ -14,6 +14,17 @@ from rl_mlx.types import Event, ModelInfo, Request
 Emit = Callable[[Event], None]
 
 
+LEAST_CONTEXT = 512
+
+
+def default_context(trained: int) -> int:
+    """Tokens a sequence may have where nobody said: what the model was trained on.
+
+    Toy models trained on less get ``LEAST_CONTEXT``: rotary positions go on beyond the training.
+    """
+    return max(trained, LEAST_CONTEXT)
+
+
 @dataclass(frozen=True)
 class Stats:
     """What a backend is doing now. ``kv_bytes`` are those held, ``memory_bytes`` all that is in

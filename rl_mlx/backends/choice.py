@@ -27,7 +27,7 @@ def is_url(backend: str) -> bool:
     return backend.startswith(("http://", "https://"))
 
 
-def choose(backend: str) -> Choice:
+def choose(backend: str, dtype: str | None = None) -> Choice:
     """The order for ``backend`` on this machine. Raises ``InvalidRequest`` for an unknown name."""
     if is_url(backend):
         return Choice((backend,), f"{backend} was asked for")
@@ -39,12 +39,15 @@ def choose(backend: str) -> Choice:
         return Choice((backend,), f"{backend} was asked for")
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return Choice(("mlx", "llama.cpp"), "mlx, because this is Apple Silicon")
+    if dtype == "float32":
+        why = "mlx, because llama.cpp rounds activations where float32 was asked for"
+        return Choice(("mlx", "llama.cpp"), why)
     return Choice(("llama.cpp", "mlx"), "llama.cpp, because this is not Apple Silicon")
 
 
 def open_chosen(files: ModelFiles, settings: ModelSettings) -> Backend:
     """Open ``files`` on the first backend of the choice that can; what others said goes to the notes."""
-    choice = choose(settings.backend)
+    choice = choose(settings.backend, settings.dtype)
     refusals: list[str] = []
     for name in choice.names:
         try:

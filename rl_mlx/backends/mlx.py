@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import os
+import math
 import weakref
 from collections.abc import Sequence as Seq
+from concurrent.futures import Future
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from rl_mlx.backends.base import Backend, Emit, Stats
+from rl_mlx.backends.base import Backend, Emit, Stats, default_context
+from rl_mlx.backends.machine import memory_total
 from rl_mlx.convert.open import open_weights
 from rl_mlx.convert.weights import FloatType, Weights
 from rl_mlx.engine.loop import Engine
-from rl_mlx.engine.runner import Runner
+from rl_mlx.engine.runner import Model, Runner
 from rl_mlx.engine.scheduler import Scheduler
 from rl_mlx.engine.sequence import Sequence
 from rl_mlx.errors import ContextOverflow, InvalidRequest, OutOfMemory
 from rl_mlx.model.load import is_ours, load_decoder
+from rl_mlx.model.plan import KVSpec
 from rl_mlx.sample.seeds import fresh_seed
 from rl_mlx.settings import ModelSettings, parse_memory
 from rl_mlx.store import ModelFiles
@@ -28,7 +32,6 @@ CHUNK = 512
 """Prompt tokens read in one step."""
 MAX_ROWS = 32
 QUEUE_LIMIT = 1024
-_ITEM_SIZE: dict[FloatType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class MLXBackend(Backend):
@@ -48,37 +51,24 @@ class MLXBackend(Backend):
         if settings.kv_bits is not None:
             raise InvalidRequest("kv_bits= is not available on the MLX backend yet; leave it out")
         weights = open_weights(files.path)
-        dtype = _dtype(settings, weights)
-        info = _info(files, settings, weights, dtype)
+        info = _info(files, settings, weights)
         if info.weight_bytes > info.memory_budget:
             raise OutOfMemory(
                 f"{files.name} needs {info.weight_bytes / 1e9:.1f} GB for its weights alone; the "
                 f"budget is {info.memory_budget / 1e9:.1f} GB (set memory= or --memory, or take a "
                 "smaller quantization)"
             )
+        loaded = Future[Model]()
 
         def start() -> tuple[Runner, Scheduler]:
-            if is_ours(weights.config):
-                model = load_decoder(weights, info.context, dtype)
-            else:
-                from rl_mlx.model.zoo import load_zoo  # noqa: PLC0415  (slow to import)
+            model = _load(weights, info, exact=settings.dtype == "float32")
+            weights.close()
+            loaded.set_result(model)
+            return _engine_parts(model, info)
 
-                model = load_zoo(weights, dtype)
-            runner = Runner(model, CHUNK)
-            room = info.memory_budget - info.weight_bytes
-
-            def admit(sequence: Sequence) -> bool:
-                tokens = len(sequence.prompt) + sequence.limit
-                return runner.arena.rows == 0 or (
-                    (runner.arena.rows + 1) * tokens * info.kv_bytes_per_token < room
-                )
-
-            scheduler = Scheduler(
-                max_rows=MAX_ROWS, chunk=CHUNK, queue_limit=QUEUE_LIMIT, admit=admit
-            )
-            return runner, scheduler
-
-        return cls(Engine(start), info)
+        engine = Engine(start)
+        kv_bytes = _kv_bytes_per_token(loaded.result())
+        return cls(engine, replace(info, kv_bytes_per_token=kv_bytes))
 
     def submit(self, request: Request, emit: Emit) -> None:
         """See ``Backend.submit``."""
@@ -132,6 +122,34 @@ class MLXBackend(Backend):
         mx.clear_cache()
 
 
+def _load(weights: Weights, info: ModelInfo, *, exact: bool) -> Model:
+    dtype: FloatType = info.dtype  # type: ignore[assignment]
+    if is_ours(weights.config):
+        return load_decoder(weights, info.context, dtype, exact=exact)
+    from rl_mlx.model.zoo import load_zoo  # noqa: PLC0415  (slow to import)
+
+    return load_zoo(weights, dtype)
+
+
+def _engine_parts(model: Model, info: ModelInfo) -> tuple[Runner, Scheduler]:
+    runner = Runner(model, CHUNK)
+    room = info.memory_budget - info.weight_bytes
+    per_token = _kv_bytes_per_token(model)
+
+    def admit(sequence: Sequence) -> bool:
+        rows, longest = runner.arena.rows, max(runner.arena.lengths, default=0)
+        tokens = max(longest, len(sequence.prompt) + sequence.limit)
+        return rows == 0 or (rows + 1) * tokens * per_token <= room
+
+    return runner, Scheduler(max_rows=MAX_ROWS, chunk=CHUNK, queue_limit=QUEUE_LIMIT, admit=admit)
+
+
+def _kv_bytes_per_token(model: Model) -> int:
+    """Bytes that layers without a window keep for each token."""
+    kept = (s for s in model.cache_specs if isinstance(s, KVSpec) and s.window is None)
+    return sum(s.heads * (s.key_dim + s.value_dim) for s in kept) * model.dtype.size
+
+
 def _dtype(settings: ModelSettings, weights: Weights) -> FloatType:
     """The type asked for; else the weights' own on a GPU, and float32 on a CPU, where halves are
     slow.
@@ -141,18 +159,19 @@ def _dtype(settings: ModelSettings, weights: Weights) -> FloatType:
     if mx.default_device() == mx.Device(mx.cpu):
         return "float32"
     named = weights.config.get("dtype") or weights.config.get("torch_dtype")
-    return named if named in {"float16", "bfloat16"} else "float16"  # type: ignore[return-value]
+    return named if named in {"float16", "bfloat16"} else "float16"
 
 
-def _info(
-    files: ModelFiles, settings: ModelSettings, weights: Weights, dtype: FloatType
-) -> ModelInfo:
+def _info(files: ModelFiles, settings: ModelSettings, weights: Weights) -> ModelInfo:
     config = weights.config
-    trained = int(config.get("max_position_embeddings") or 4096)
-    sizes = {name: weights.nbytes(name) for name in weights.names()}
-    parameters = sum(int(np.prod(weights.shape(name), dtype=np.int64)) for name in sizes)
-    weight_bytes = sum(sizes.values())
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    dtype = _dtype(settings, weights)
+    item = 4 if dtype == "float32" else 2
+    parameters = weight_bytes = 0
+    for name in weights.names():
+        count = math.prod(weights.shape(name))
+        size = weights.nbytes(name, exact=settings.dtype == "float32")
+        parameters += count
+        weight_bytes += count * item if size >= 2 * count else size  # dense ones in the dtype
     device = mx.default_device()
     return ModelInfo(
         name=files.name,
@@ -160,14 +179,14 @@ def _info(
         architecture=str(config.get("model_type")),
         parameters=parameters,
         bits_per_weight=8 * weight_bytes / max(parameters, 1),
-        context=settings.context or trained,
+        context=settings.context or default_context(int(config["max_position_embeddings"])),
         vocab=int(config["vocab_size"]),
         hidden=int(config["hidden_size"]),
         layers=int(config["num_hidden_layers"]),
         backend="mlx",
-        device="cpu" if device == mx.Device(mx.cpu) else "gpu",
+        device="CPU" if device == mx.Device(mx.cpu) else "GPU",
         dtype=dtype,
         weight_bytes=weight_bytes,
         kv_bytes_per_token=0,
-        memory_budget=parse_memory(settings.memory or "75%", total),
+        memory_budget=parse_memory(settings.memory or "75%", memory_total()),
     )

@@ -39,12 +39,15 @@ def is_ours(config: dict[str, Any]) -> bool:
     return config.get("model_type") in FAMILIES
 
 
-def load_decoder(weights: Weights, context: int, dtype: FloatType) -> Decoder:
+def load_decoder(
+    weights: Weights, context: int, dtype: FloatType, *, exact: bool = False
+) -> Decoder:
     """The decoder of ``weights``, computing in ``dtype``, for sequences of up to ``context``
     tokens.
 
-    Tensors are read and evaluated one block at a time, so the peak is the model plus a block.
-    Raises ``UnsupportedModel`` for an unknown family and ``FormatError`` where config and tensors
+    ``exact`` keeps dense what no packed container holds to the last bit. Tensors are read and
+    evaluated one block at a time, so the peak is the model plus a block. Raises
+    ``UnsupportedModel`` for an unknown family and ``FormatError`` where config and tensors
     disagree.
     """
     family = str(weights.config.get("model_type"))
@@ -54,14 +57,21 @@ def load_decoder(weights: Weights, context: int, dtype: FloatType) -> Decoder:
         plan = FAMILIES[family](weights.config, context)
     except KeyError as missing:
         raise FormatError(f"{weights.path}: the configuration lacks {missing}") from missing
-    return _Builder(weights, plan, dtype).decoder()
+    return _Builder(weights, plan, dtype, exact).decoder()
 
 
 class _Builder:
     """Reads tensors by canonical name and makes modules of them."""
 
-    def __init__(self, weights: Weights, plan: DecoderPlan, dtype: FloatType) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        plan: DecoderPlan,
+        dtype: FloatType,
+        exact: bool,
+    ) -> None:
         self._weights = weights
+        self._exact = exact
         self._plan = plan
         self._float = dtype
         self._dtype = DTYPES[dtype]
@@ -174,7 +184,7 @@ class _Builder:
     def _load(self, name: str) -> Any:
         if name not in self._present:
             raise FormatError(f"{self._weights.path}: tensor {name!r} is missing")
-        return self._weights.load(name, self._float)
+        return self._weights.load(name, self._float, exact=self._exact)
 
 
 def _evaluated(array: mx.array) -> mx.array:

@@ -90,11 +90,20 @@ def start() -> Start:
     numbers = itertools.count()
 
     def start_one(
-        backend: Backend, prompt: Sequence[int], *, eos: Sequence[int] = (), **options: Any
+        backend: Backend,
+        prompt: Sequence[int],
+        *,
+        eos: Sequence[int] = (),
+        priority: int = 0,
+        **options: Any,
     ) -> Call:
         params = SamplingParams(**{"temperature": 0, **options})
         request = Request(
-            id=f"call-{next(numbers)}", prompt=tuple(prompt), params=params, eos_ids=frozenset(eos)
+            id=f"call-{next(numbers)}",
+            prompt=tuple(prompt),
+            params=params,
+            eos_ids=frozenset(eos),
+            priority=priority,
         )
         return Call(backend, request)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 import numpy as np
 import numpy.typing as npt
 
-from rl_mlx.backends.base import Backend, Emit, Stats
+from rl_mlx.backends.base import Backend, Emit, Stats, default_context
 from rl_mlx.backends.llamacpp.draft import Drafter, DraftModel, Lookup
 from rl_mlx.backends.llamacpp.engine import Engine
 from rl_mlx.backends.llamacpp.library import Library, open_library
@@ -184,7 +184,7 @@ def _length(model: Model, settings: ModelSettings, kv: KV, budget: int) -> int:
     per_token = max(1, model.kv_bytes_per_token(kv))
     room = min(budget, memory_available() + model.nbytes) - model.nbytes
     fits = room // per_token
-    wanted = settings.context or min(model.trained_context, DEFAULT_CONTEXT)
+    wanted = settings.context or min(default_context(model.trained_context), DEFAULT_CONTEXT)
     if (model.gpu_layers == 0 and wanted > fits and settings.context) or fits < 64:
         raise OutOfMemory(
             f"{model.path.name} needs {(model.nbytes + wanted * per_token) / 1e9:.1f} GB for a context of "
