@@ -56,6 +56,7 @@ class Engine:
         self._draft_tokens = draft_tokens
         self._release = release
         self._waiting: list[Run] = []
+        self._crowded = False  # cells ran out: nobody enters before somebody leaves
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._closed = False
         self._lock = threading.Lock()
@@ -157,7 +158,7 @@ class Engine:
                 self._leave(slot)
 
     def _admit(self) -> None:
-        while self._waiting:
+        while self._waiting and not self._crowded:
             run = self._waiting[0]
             place = self._slots.find([*run.prompt, *run.answer])
             if place is None:
@@ -194,7 +195,9 @@ class Engine:
         guesses = self._guesses(decoding)
         parts = []
         for slot in decoding:
-            tokens = [*slot.pending(), *guesses.get(slot.id, ())]
+            tokens = [*slot.pending(), *guesses.get(slot.id, ())][: self._context.room]
+            if not tokens:
+                break  # more sequences than a batch takes: the rest have their turn when these are done
             first = self._context.add(tokens, len(slot.tokens), slot.id, len(tokens))
             parts.append(_Part(slot, tokens, 1, first))
         for slot in running:
@@ -247,21 +250,19 @@ class Engine:
     def _leave(self, slot: Slot) -> None:
         """The request is over; its tokens stay for those that come."""
         slot.run, slot.used = None, time.perf_counter()
+        self._crowded = False
 
     def _make_room(self) -> None:
         """Free cells: of the prefix not used for longest, else of the sequence that came last, which waits again."""
         self._context.discard()
-        slot = self._slots.oldest_idle()
-        if slot is None:
-            slot = self._slots.running[-1]
-            assert slot.run is not None, "running slots have a request"
-            if len(self._slots.running) == 1:
-                slot.run.fail(
-                    OutOfMemory("the KV cache is too small for this request; lower kv_bits")
-                )
-            else:
-                self._waiting.insert(0, slot.run)
-            slot.run = None
+        slot = self._slots.oldest_idle() or self._slots.running[-1]
+        if slot.run is not None and len(self._slots.running) == 1:
+            slot.run.fail(OutOfMemory("the KV cache is too small for this request"))
+            self._leave(slot)
+        elif slot.run is not None:
+            self._waiting.insert(0, slot.run)
+            self._leave(slot)
+            self._crowded = True
         self._context.keep(slot.id, 0)
         slot.tokens.clear()
 

@@ -112,6 +112,7 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "llama_context_default_params": (ContextParams,),
     "llama_init_from_model": (c_void_p, c_void_p, ContextParams),
     "llama_free": (None, c_void_p),
+    "llama_n_batch": (c_uint32, c_void_p),
     "llama_get_memory": (c_void_p, c_void_p),
     "llama_memory_clear": (None, c_void_p, c_bool),
     "llama_memory_seq_rm": (c_bool, c_void_p, c_int32, c_int32, c_int32),

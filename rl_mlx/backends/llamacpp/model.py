@@ -142,15 +142,14 @@ class Context:
         outputs: Literal["last", "logits", "embeddings"] = "last",
         outputs_per_sequence: int = 1,
     ) -> None:
-        self.capacity = options.batch
         self._api = model.library.api
         self._model = model
         self.unified = unified
         params = _context_params(model, options, kv)
         params.n_seq_max, params.kv_unified = sequences, unified
         params.n_ctx = length if unified else length * sequences
-        params.n_batch = params.n_ubatch = self.capacity
-        params.n_outputs_max_per_seq = outputs_per_sequence if outputs == "last" else self.capacity
+        params.n_batch = params.n_ubatch = options.batch
+        params.n_outputs_max_per_seq = outputs_per_sequence if outputs == "last" else options.batch
         params.embeddings = outputs == "embeddings"
         self._handle: int | None = self._api.llama_init_from_model(model.handle, params)
         reason = model.library.errors()
@@ -159,6 +158,8 @@ class Context:
             raise kind(
                 f"llama.cpp cannot make a context of {length} tokens: {reason or 'no reason given'}"
             )
+        # llama.cpp lowers it to the context's length, and aborts the process on a larger batch.
+        self.capacity: int = self._api.llama_n_batch(self._handle)
         self._memory = self._api.llama_get_memory(self._handle)
         self._row = ctypes.c_float * (model.hidden if outputs == "embeddings" else model.vocab)
         self._make_batch()

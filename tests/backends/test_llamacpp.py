@@ -1,0 +1,241 @@
+"""What only the llama.cpp backend has: its cache, speculation, options and errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("xllamacpp")
+
+from rl_mlx.backends import open_backend
+from rl_mlx.backends.llamacpp import LlamaCppOptions
+from rl_mlx.backends.llamacpp.backend import kv_types
+from rl_mlx.backends.llamacpp.model import KV
+from rl_mlx.errors import (
+    BackendUnavailable,
+    FormatError,
+    InvalidRequest,
+    ModelNotFound,
+    OutOfMemory,
+    RlMlxError,
+    UnsupportedModel,
+)
+from rl_mlx.settings import ModelSettings
+from rl_mlx.store import ModelFiles
+
+pytestmark = pytest.mark.shared
+TEXT = [1, 403, 407, 261, 378, 432, 383, 286, 261, 376, 298, 315, 421, 395, 317, 426]
+
+
+@pytest.fixture
+def open_cpp(open_model: Any, stories: Path) -> Any:
+    def open_one(path: Path = stories, **settings: Any) -> Any:
+        return open_model(path, **{"backend": "llama.cpp", "context": 512, **settings})
+
+    return open_one
+
+
+@pytest.fixture
+def golden(shared: Path) -> list[int]:
+    path = shared / "models" / "stories260K.greedy.json"
+    ids: list[int] = json.loads(path.read_text())["greedy_ids_from_bos"]
+    return ids[1:]
+
+
+@pytest.mark.parametrize("unified", [True, False])
+@pytest.mark.parametrize("draft", ["lookup", "model"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_speculation_changes_nothing_but_the_number_of_steps(
+    open_cpp: Any, start: Any, stories: Path, draft: str, temperature: float, unified: bool
+) -> None:
+    options = {"unified": unified, "draft_tokens": 5}
+    plain = open_cpp(backend_options={"unified": unified})
+    fast = open_cpp(draft=str(stories) if draft == "model" else draft, backend_options=options)
+    prompts = [[1], TEXT, TEXT + TEXT[1:] + TEXT[1:9], [1, 5, 6]]
+    for backend in (plain, fast):
+        calls = [start(backend, p, max_tokens=50, seed=5, temperature=temperature) for p in prompts]
+        replies = [c.reply() for c in calls]
+        if backend is plain:
+            expected = [r.ids for r in replies]
+    assert [r.ids for r in replies] == expected
+    timings = [r.finished.timings for r in replies]
+    assert sum(t.accepted for t in timings) > 0
+    assert all(t.accepted <= t.drafted for t in timings)
+    assert all(t.generated <= t.forwards + t.accepted for t in timings)
+    assert sum(t.forwards for t in timings) < sum(t.generated for t in timings)
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_a_finished_answer_is_the_prefix_of_the_next_prompt(
+    open_cpp: Any, ask: Any, unified: bool
+) -> None:
+    backend = open_cpp(backend_options={"unified": unified})
+    first = ask(backend, TEXT, max_tokens=10)
+    assert first.finished.timings.reused == 0
+    longer = [*TEXT, *first.ids, 300, 301]
+    again = ask(backend, longer, max_tokens=10)
+    assert again.finished.timings.reused == len(TEXT) + 9  # the last id was never fed
+    fresh = open_cpp(backend_options={"unified": unified})
+    assert ask(fresh, longer, max_tokens=10).ids == again.ids
+    assert backend.stats().kv_bytes > 0
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_a_prefix_is_shared_by_those_that_run_together(
+    open_cpp: Any, start: Any, unified: bool
+) -> None:
+    backend = open_cpp(backend_options={"unified": unified, "batch": 32})
+    prefix = [1, *range(3, 163)]
+    calls = [start(backend, [*prefix, 200 + n], max_tokens=8) for n in range(4)]
+    replies = [c.reply() for c in calls]
+    assert replies[0].finished.timings.reused == 0
+    assert all(r.finished.timings.reused >= len(prefix) - 32 for r in replies[1:])
+    alone = open_cpp(backend_options={"unified": unified, "parallel": 1})
+    assert [start(alone, [*prefix, 200 + n], max_tokens=8).reply().ids for n in range(4)] == [
+        r.ids for r in replies
+    ]
+
+
+def test_sequences_wait_when_the_shared_cells_run_out(open_cpp: Any, start: Any) -> None:
+    """256 cells and eight answers of 100 tokens each: some are put back and go on later, with the same text."""
+    prompts = [[1, 300 + n] for n in range(8)]
+    results = []
+    for context, unified in ((256, True), (256, False)):
+        backend = open_cpp(context=context, backend_options={"unified": unified})
+        calls = [start(backend, p, max_tokens=100, ignore_eos=True) for p in prompts]
+        results.append([c.reply().ids for c in calls])
+    assert results[0] == results[1]
+    assert [len(ids) for ids in results[0]] == [100] * 8
+
+
+def test_a_recurrent_model_reuses_what_it_can_and_refuses_speculation(
+    open_cpp: Any, start: Any, ask: Any, shared: Path
+) -> None:
+    path = shared / "parity" / "lfm2.gguf"
+    prompt = np.load(path.with_suffix(".npz"))["ids"].ravel().tolist()
+    backend = open_cpp(path)
+    calls = [start(backend, prompt[: 10 + n], max_tokens=12) for n in range(5)]
+    together = [c.reply().ids for c in calls]
+    alone = [ask(open_cpp(path), prompt[: 10 + n], max_tokens=12).ids for n in range(5)]
+    assert together == alone
+    turn = [*prompt[:10], *together[0], 7]
+    again = ask(backend, turn, max_tokens=12)
+    assert again.finished.timings.reused == len(turn) - 2
+    assert again.ids == ask(open_cpp(path), turn, max_tokens=12).ids
+    with pytest.raises(UnsupportedModel, match="draft="):
+        open_cpp(path, draft="lookup")
+
+
+def test_ids_inside_a_character_are_not_lost(open_cpp: Any, ask: Any) -> None:
+    """The server class of the binding drops such tokens, because they are no text yet."""
+    byte = 3 + 0xE2  # <0xE2>: the first of three bytes of many characters
+    reply = ask(open_cpp(), [1], max_tokens=5, logit_bias={byte: 1000.0})
+    assert reply.ids == [byte] * 5
+
+
+def test_quantized_caches_keep_the_logits_close(open_cpp: Any, shared: Path) -> None:
+    path = shared / "parity" / "llama3-rope.gguf"
+    ids = np.load(path.with_suffix(".npz"))["ids"].ravel().tolist()
+    exact = open_cpp(path).logits(ids)
+    errors = []
+    for bits in (8, 6, 4):
+        backend = open_cpp(path, kv_bits=bits, dtype=None)
+        assert backend.info.kv_bytes_per_token < open_cpp(path, dtype=None).info.kv_bytes_per_token
+        errors.append(float(np.abs(backend.logits(ids) - exact).mean()))
+    assert 0 < errors[0] < errors[1] < errors[2] < 0.2 * np.abs(exact).max()
+
+
+def test_logits_go_on_over_several_batches(open_cpp: Any) -> None:
+    ids = [1, *range(3, 70)]
+    np.testing.assert_allclose(
+        open_cpp(backend_options={"batch": 16}).logits(ids), open_cpp().logits(ids), atol=1e-3
+    )
+
+
+def test_higher_priority_goes_first(open_cpp: Any, start: Any) -> None:
+    backend = open_cpp(backend_options={"parallel": 1})
+    calls = [start(backend, [1, 5 + n], max_tokens=40, ignore_eos=True) for n in range(3)]
+    urgent = start(backend, [1, 40], priority=1, max_tokens=1)
+    urgent.reply()
+    assert calls[2].reply().finished.timings.queued > urgent.reply().finished.timings.queued
+
+
+@pytest.mark.parametrize("bad", ["bad_magic.gguf", "truncated", "README.md", "missing.gguf"])
+def test_a_file_that_is_rejected_says_why(
+    open_cpp: Any, shared: Path, tmp_path: Path, bad: str
+) -> None:
+    path = tmp_path / bad
+    if bad == "truncated":
+        path.write_bytes((shared / "models" / "stories260K.gguf").read_bytes()[:400_000])
+    elif bad != "missing.gguf":
+        path.write_bytes(b"what? " * 100)
+    expected = ModelNotFound if bad == "missing.gguf" else FormatError
+    with pytest.raises(expected) as caught:
+        open_cpp(path)
+    assert bad in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_hostile_files_of_others_give_errors_of_ours(open_cpp: Any, shared: Path) -> None:
+    files = sorted((shared / "malformed").glob("*.gguf"))
+    assert files
+    for path in files:
+        with pytest.raises(RlMlxError):
+            open_cpp(path)
+
+
+def test_nothing_is_printed(open_cpp: Any, ask: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    ask(open_cpp(), TEXT, max_tokens=5)
+    with pytest.raises(ModelNotFound):
+        open_cpp(Path("missing.gguf"))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gpu_layers": -2}, {"gpu_layers": "some"}, {"threads": 0}, {"parallel": 0}, {"parallel": 1000},
+        {"batch": True}, {"cache_type_k": "q3_k"}, {"rope_scaling": "su"}, {"numa": "yes"},
+        {"split_mode": "tensor"}, {"context": 5},
+    ],
+)  # fmt: skip
+def test_bad_options_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match=next(iter(options))):
+        LlamaCppOptions.of(options)
+
+
+def test_what_cannot_be_had_is_said(open_cpp: Any, stories: Path, shared: Path) -> None:
+    with pytest.raises(OutOfMemory, match="memory"):
+        open_cpp(memory="1MB")
+    with pytest.raises(InvalidRequest, match="vocabulary"):
+        open_cpp(draft=str(shared / "parity" / "llama.gguf"))
+    with pytest.raises(InvalidRequest, match="flash attention"):
+        open_cpp(kv_bits=8, backend_options={"flash_attention": False})
+    with pytest.raises(InvalidRequest, match="unknown backend"):
+        open_backend(ModelFiles("x", stories), ModelSettings(backend="torch"))
+    settings = ModelSettings(backend="llama.cpp", backend_options={"rpc": "localhost:1"})
+    with pytest.raises(BackendUnavailable, match="RPC"):
+        open_backend(ModelFiles("x", stories), settings)
+
+
+def test_types_of_the_cache() -> None:
+    assert kv_types(ModelSettings(), LlamaCppOptions()) == KV("f16", "f16")
+    assert kv_types(ModelSettings(dtype="bfloat16"), LlamaCppOptions()) == KV("bf16", "bf16")
+    assert kv_types(ModelSettings(kv_bits=4), LlamaCppOptions()) == KV("q4_0", "q4_0")
+    mixed = LlamaCppOptions(cache_type_k="q8_0")
+    assert kv_types(ModelSettings(), mixed) == KV("q8_0", "f16")
+
+
+def test_two_models_in_one_process(
+    open_cpp: Any, ask: Any, golden: list[int], shared: Path
+) -> None:
+    other = open_cpp(shared / "parity" / "qwen3.gguf")
+    backend = open_cpp()
+    assert ask(backend, [1], max_tokens=20).ids == golden[:20]
+    assert len(ask(other, [5, 6, 7], max_tokens=20).ids) == 20
+    other.close()
+    assert ask(backend, [1], max_tokens=20).ids == golden[:20]
