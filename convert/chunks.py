@@ -13,17 +13,20 @@ THREADS = min(4, os.cpu_count() or 1)
 def in_chunks(count: int, step: int, work: Callable[[slice], None]) -> None:
     """Call ``work`` on slices of at most ``step`` that cover ``range(count)``, in any order.
 
-    ``work`` writes its result into arrays made beforehand. Its first exception is raised here.
+    ``work`` writes its result into arrays made beforehand. Its first exception is raised here, after
+    the calls that had begun.
     """
     starts = range(0, count, step)
+    threads = min(THREADS, len(starts))
 
     def share(thread: int) -> None:
-        for start in starts[thread::THREADS]:
+        for start in starts[thread::threads]:
             work(slice(start, min(start + step, count)))
 
-    if len(starts) < 2 * THREADS:  # too little to be worth starting threads for
-        for thread in range(THREADS):
+    if threads < 2:
+        for thread in range(threads):
             share(thread)
         return
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(share, range(THREADS)))
+    with ThreadPoolExecutor(threads, "chunks") as pool:
+        for _ in pool.map(share, range(threads)):
+            pass
