@@ -1,0 +1,34 @@
+"""Narrow floats, against MLX."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from rl_mlx.convert.floats import DTYPES, narrow, widen
+
+SPECIAL = [0.0, -0.0, 1.0, 1e-45, -1e-40, 6e-5, 65504.0, 3.38e38, np.inf, -np.inf, np.nan]
+
+
+def values() -> np.ndarray:
+    patterns = np.random.default_rng(0).integers(0, 1 << 32, 4096, np.uint32)
+    return np.concatenate([np.array(SPECIAL, np.float32), patterns.view(np.float32)])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_narrowing_is_mlx_s(dtype: str) -> None:
+    with np.errstate(over="ignore", invalid="ignore"):
+        made = narrow(values(), dtype)
+        back = widen(made, dtype)
+    assert made.dtype == DTYPES[dtype]
+    expected = mx.array(values()).astype(getattr(mx, dtype)).astype(mx.float32)
+    assert np.array_equal(back, np.array(expected), equal_nan=True)
+
+
+def test_every_bfloat16_comes_back() -> None:
+    patterns = np.arange(1 << 16, dtype=np.uint16)
+    back = narrow(widen(patterns, "bfloat16"), "bfloat16")
+    numbers = ~np.isnan(widen(patterns, "bfloat16"))
+    assert np.array_equal(back[numbers], patterns[numbers])
+    assert np.isnan(widen(back[~numbers], "bfloat16")).all()
