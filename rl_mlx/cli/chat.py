@@ -130,4 +130,6 @@ def _talk(llm: LLM, conversation: Conversation, *, stats: bool) -> None:
         f"{info.name} on {info.backend} ({info.device}), context {info.context}; "
         "/help shows the keys"
     )
+    for line in info.notes:
+        note(line)
     session.run(editor)

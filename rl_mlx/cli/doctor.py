@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json as json_
 import os
 import platform
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,47 +22,65 @@ _PACKAGES = (
     "mlx", "mlx-lm", "xllamacpp", "numpy", "tokenizers", "safetensors", "huggingface-hub",
     "llguidance", "rich", "prompt-toolkit", "typer",
 )  # fmt: skip
-# Each is tried in a process of its own: a wheel for another CPU kills the one that imports it.
-_PROBES = {
-    "mlx": "import mlx.core as mx; mx.eval(mx.ones(2) + 1); print(mx.default_device())",
-    "llama.cpp": (
-        "from rl_mlx.backends.llamacpp.library import open_library; "
-        "print(', '.join(d[1] for d in open_library().devices()))"
-    ),
-}
-_TIMEOUT = 60.0
+# In a process of its own: a wheel that is built for another CPU kills whoever imports it.
+_PROBE = (
+    "import dataclasses, json; from rl_mlx.backends.hardware import report; "
+    "print(json.dumps(dataclasses.asdict(report())))"
+)
+_TIMEOUT = 120.0
 
 
 def command(json: Json = False) -> None:
     """Say what works here, and how to mend what does not."""
-    report = examine()
+    found = examine()
     if json:
-        print_json(report)
+        print_json(found)
     else:
-        _print(report)
-    if not any(backend["works"] for backend in report["backends"]):
+        _print(found)
+    if not any(backend["available"] for backend in found["backends"]):
         raise typer.Exit(1)
 
 
 def examine() -> dict[str, Any]:
-    """Everything ``doctor`` says, as JSON types."""
-    from rl_mlx.backends import machine
-
+    """Everything that ``doctor`` says, as JSON types."""
+    hardware = probe()
     return {
         "rl_mlx": __version__,
         "python": platform.python_version(),
         "executable": sys.executable,
         "system": platform.platform(),
-        "cpu": machine.cpu_name(),
-        "cores": machine.physical_cores(),
-        "memory": machine.memory_total(),
-        "memory_available": machine.memory_available(),
-        "gpus": [asdict(gpu) for gpu in machine.gpus()],
+        "backends": [hardware.pop("mlx"), hardware.pop("llamacpp")],
+        "hardware": hardware,
         "packages": {name: _version(name) for name in _PACKAGES},
-        "backends": [_probe(name, code) for name, code in _PROBES.items()],
         "stores": _stores(),
         "folders": _folders(),
     }
+
+
+def probe(code: str = _PROBE, timeout: float = _TIMEOUT) -> dict[str, Any]:
+    """``hardware.report()`` of a process that loads the backends; what befell it where it died."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True, text=True, timeout=timeout, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return _dead(f"loading it took longer than {timeout:.0f} s")
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        return _dead(f"loading it died of {name}: a wheel is built for another processor")
+    if done.returncode > 0:
+        return _dead((done.stderr.strip().splitlines() or ["loading it failed"])[-1])
+    report: dict[str, Any] = json_.loads(done.stdout)
+    return report
+
+
+def _dead(reason: str) -> dict[str, Any]:
+    backends = {
+        key: {"name": name, "available": False, "version": "", "devices": [], "reason": reason}
+        for key, name in (("mlx", "mlx"), ("llamacpp", "llama.cpp"))
+    }
+    return {**backends, "choice": "", "advice": ["pip install --force-reinstall rl-mlx"]}
 
 
 def _version(package: str) -> str | None:
@@ -72,31 +90,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _probe(name: str, code: str) -> dict[str, Any]:
-    """Try a backend; ``detail`` is its device, or what went wrong, and ``fix`` a command."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True, text=True, timeout=_TIMEOUT, check=False,
-        )  # fmt: skip
-        said, failed, code_ = done.stdout.strip(), done.stderr.strip(), done.returncode
-    except subprocess.TimeoutExpired:
-        said, failed, code_ = "", f"no answer in {_TIMEOUT:.0f} s", 1
-    detail = said if code_ == 0 else (failed.splitlines() or [""])[-1]
-    if code_ < 0:
-        detail = (
-            f"it dies of {signal.Signals(-code_).name}: its wheel is built for another processor"
-        )
-    fix = None if code_ == 0 else _fix(name)
-    return {"name": name, "works": code_ == 0, "detail": detail, "fix": fix}
-
-
-def _fix(name: str) -> str:
-    if name == "llama.cpp":
-        return 'pip install "rl-mlx[llamacpp]"'
-    return 'pip install "mlx[cpu]"' if sys.platform == "linux" else "pip install mlx"
 
 
 def _stores() -> list[dict[str, Any]]:
@@ -112,7 +105,7 @@ def _stores() -> list[dict[str, Any]]:
     rows = []
     for source, paths in roots.items():
         mine = [m for m in models if m.source == source]
-        found = next((p for p in paths if p.is_dir()), paths[0])
+        found = next((p for p in paths if p.is_dir()), paths[-1])
         rows.append(
             {
                 "source": source,
@@ -136,37 +129,43 @@ def _folders() -> list[dict[str, Any]]:
         "settings": config_path().parent,
     }
     return [
-        {"what": what, "path": str(path), "writable": _writable(path)}
+        {"what": what, "path": str(path), "writable": writable(path)}
         for what, path in wanted.items()
     ]
 
 
-def _writable(path: Path) -> bool:
+def writable(path: Path) -> bool:
     """True where ``path`` can be written to, or made."""
     place = next(p for p in (path, *path.parents) if p.exists())
     return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
 
 
-def _print(report: dict[str, Any]) -> None:
-    print(f"rl-mlx {report['rl_mlx']}, Python {report['python']} ({report['executable']})")
-    print(f"{report['system']}")
-    print(f"{report['cpu']}, {report['cores']} cores, {size(report['memory'])} of memory")
-    for gpu in report["gpus"]:
+def _print(found: dict[str, Any]) -> None:
+    print(f"rl-mlx {found['rl_mlx']}, Python {found['python']} ({found['executable']})")
+    print(found["system"])
+    hardware = found["hardware"]
+    if "cpu" in hardware:
+        cores = f"{hardware['cores']} cores" if hardware["cores"] > 1 else "1 core"
+        print(f"{hardware['cpu']}, {cores}, {size(hardware['memory_total'])} of memory")
+    for gpu in hardware.get("gpus", ()):
         print(f"graphics: {gpu['name']}")
     print("\nbackends")
-    for backend in report["backends"]:
-        state = "works on" if backend["works"] else "does not work:"
-        print(f"  {backend['name']:<12} {state} {backend['detail']}")
-        if backend["fix"]:
-            print(f"  {'':<12} mend it by: {backend['fix']}")
+    for backend in found["backends"]:
+        on = ", ".join(f"{d['acceleration']} ({d['description']})" for d in backend["devices"])
+        state = f"works on {on}" if backend["available"] else f"does not work: {backend['reason']}"
+        print(f"  {backend['name']:<12} {state}")
+    if hardware["choice"]:
+        print(f"  {'auto':<12} takes {hardware['choice']}")
+    for line in hardware["advice"]:
+        print(f"  advice: {line}")
     print("\npackages")
-    for name, version in report["packages"].items():
+    for name, version in found["packages"].items():
         print(f"  {name:<16} {version or 'not installed'}")
     print("\nmodels of")
-    for store in report["stores"]:
-        there = f"{store['models']} models, {size(store['bytes'])}" if store["exists"] else "none"
-        print(f"  {store['source']:<12} {there:<20} {store['path']}")
+    for store in found["stores"]:
+        there = f"{store['models']}, {size(store['bytes'])}" if store["exists"] else "none"
+        print(f"  {store['source']:<12} {there:<14} {store['path']}")
     print("\nfolders")
-    for folder in report["folders"]:
+    for folder in found["folders"]:
         state = "" if folder["writable"] else "  NOT WRITABLE"
         print(f"  {folder['what']:<12} {folder['path']}{state}")

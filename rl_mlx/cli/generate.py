@@ -47,6 +47,8 @@ def command(
     params = sampling.params()
     with open_llm(model, loading) as llm:
         start: Any = llm.tokenize(text, add_special=False) if raw else text
+        if raw and not start:
+            raise InvalidRequest("the prompt is empty: with --raw it encodes to no tokens")
         if json:
             _print_result(llm, llm.generate(start, params=params))
             return

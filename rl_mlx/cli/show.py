@@ -25,6 +25,7 @@ def command(
     json: Json = False,
 ) -> None:
     """Show what a model is and what it takes to run."""
+    from rl_mlx.backends.choice import choose
     from rl_mlx.cli.facts import facts
     from rl_mlx.store import resolve
 
@@ -37,6 +38,7 @@ def command(
         more = {
             "name": files.name,
             "path": str(files.path),
+            "backend": choose("auto").names[0],
             "bits_per_weight": found.bits_per_weight,
             "memory": {"context": length, "bytes": found.memory(length)},
         }
@@ -44,6 +46,7 @@ def command(
         return
     for label, value in _rows(files.name, str(files.path), found, length):
         print(f"{label:<14} {plain(str(value))}")
+    print(f"{'backend':<14} {choose('auto').why}")
 
 
 def _rows(name: str, path: str, found: Facts, length: int) -> list[tuple[str, Any]]:
@@ -63,8 +66,8 @@ def _rows(name: str, path: str, found: Facts, length: int) -> list[tuple[str, An
         ("context", found.context),
         ("layers", found.layers),
         ("hidden", found.hidden),
-        ("heads", f"{found.heads}, {found.kv_heads} for keys and values"),
-        ("vocabulary", f"{found.vocab} ({found.tokenizer})"),
+        ("heads", found.heads and f"{found.heads}, {found.kv_heads} for keys and values"),
+        ("vocabulary", found.vocab and f"{found.vocab} ({found.tokenizer})"),
         ("special ids", ", ".join(f"{k} {v}" for k, v in found.special_ids.items()) or "none"),
         ("chat template", "yes" if found.chat_template else "no: for generate, not for chat"),
         ("memory", None if needed is None else f"{size(needed)} at {length} tokens of context"),

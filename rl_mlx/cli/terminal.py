@@ -58,8 +58,9 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout, readable by people too."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """One JSON document on stdout: a line, indented where people look at it."""
+    indent = 2 if is_terminal(sys.stdout) else None
+    print(json.dumps(value, indent=indent, ensure_ascii=False))
 
 
 def plain(text: str) -> str:
