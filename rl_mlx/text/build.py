@@ -5,6 +5,7 @@ What a kind of vocabulary means, and what its silence means, follows llama.cpp (
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
 from rl_mlx.convert.gguf.vocab import TokenType, Vocab
 from rl_mlx.errors import FormatError, UnsupportedModel
-from rl_mlx.text.parts import ADDED, Parts, Spelling, end_ids
+from rl_mlx.text.parts import ADDED, HIDDEN, Parts, Spelling, end_ids
 from rl_mlx.text.pretokenize import PreTokenizer, pre_tokenizer
 
 _NO_PRE = (
@@ -41,14 +42,15 @@ def build(vocab: Vocab) -> Parts:
     ends = end_ids(table.index.get, table.types, vocab.ids)
     try:
         kind = make(table)
-        _add_tokens(kind.encoder, table)
     except UnicodeEncodeError:
         raise FormatError(
             "the vocabulary has tokens that are not UTF-8; use another version of the model"
         ) from None
+    _add_tokens(kind.encoder, table)
     prefix, suffix = _around(vocab, kind)
     return Parts(
         encoder=kind.encoder,
+        plain=lambda: _plain(make, table),
         tokens=table.tokens,
         types=table.types,
         spelling=kind.spelling,
@@ -67,10 +69,22 @@ class _Table:
 
     def __init__(self, vocab: Vocab) -> None:
         self.vocab = vocab
-        self.tokens = [text or f"[EMPTY_{i}]" for i, text in enumerate(vocab.tokens)]
-        last = len(self.tokens) - 1
-        self.index = dict(zip(reversed(self.tokens), range(last, -1, -1)))  # first of duplicates
         self.types: list[int] = vocab.types.tolist()
+        self._name([text or f"[EMPTY_{i}]" for i, text in enumerate(vocab.tokens)])
+
+    def _name(self, tokens: list[str]) -> None:
+        self.tokens = tokens
+        self.index = dict(zip(reversed(tokens), range(len(tokens) - 1, -1, -1)))  # first of equals
+
+    def without_control(self) -> _Table:
+        """The same, with control tokens under names that no text has."""
+        table = copy.copy(self)
+        table.types, tokens = list(self.types), list(self.tokens)
+        for token in np.flatnonzero(np.isin(self.types, HIDDEN)).tolist():
+            table.types[token] = TokenType.UNUSED
+            tokens[token] = f"\uffff{token}"
+        table._name(tokens)
+        return table
 
     @cached_property
     def scores(self) -> npt.NDArray[np.float32]:
@@ -131,6 +145,14 @@ def _add_tokens(encoder: tokenizers.Tokenizer, table: _Table) -> None:
         (special if control else plain).append(added)
     encoder.add_special_tokens(special)
     encoder.add_tokens(plain)
+
+
+def _plain(make: _Make, table: _Table) -> tokenizers.Tokenizer:
+    """An encoder that takes control tokens for text."""
+    table = table.without_control()
+    encoder = make(table).encoder
+    _add_tokens(encoder, table)
+    return encoder
 
 
 def _byte_level(table: _Table) -> _Kind:
@@ -225,7 +247,7 @@ def _wordpiece(table: _Table) -> _Kind:
 
     GGUF marks the beginning of a word (U+2581) where BERT marks the rest of one (``##``).
     """
-    added = {table.tokens[token] for token in table.added}
+    added = {table.tokens[token] for token in table.added} | {table.unknown}
     pieces = {_bert_spelling(text, added): token for text, token in table.index.items()}
     model = models.WordPiece(pieces, unk_token=table.unknown or "[UNK]")
     encoder = tokenizers.Tokenizer(model)
@@ -234,13 +256,14 @@ def _wordpiece(table: _Table) -> _Kind:
     return _Kind(encoder, "spaces", strips_space=True)
 
 
-def _bert_spelling(text: str, added: set[str]) -> str:
+def _bert_spelling(text: str, added: set[str | None]) -> str:
     if text in added:
         return text
     return text[1:] if text.startswith(_SPACE) else "##" + text
 
 
-_KINDS: dict[str, Callable[[_Table], _Kind]] = {
+_Make = Callable[[_Table], _Kind]
+_KINDS: dict[str, _Make] = {
     "gpt2": _byte_level,
     "llama": _sentencepiece,
     "gemma4": _gemma4,

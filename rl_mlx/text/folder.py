@@ -64,6 +64,7 @@ def _from_json(folder: Path, config: Mapping[str, Any]) -> Parts:
     prefix, suffix = _around(encoder, config, ids)
     return Parts(
         encoder=encoder,
+        plain=lambda: _blind(encoder),
         tokens=tokens,
         types=types,
         spelling=spelling,
@@ -74,6 +75,13 @@ def _from_json(folder: Path, config: Mapping[str, Any]) -> Parts:
         ends=ends,
         templates=_templates(folder, config),
     )
+
+
+def _blind(encoder: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A copy that takes control tokens for text: the switch is not for many threads."""
+    copy = tokenizers.Tokenizer.from_str(encoder.to_str())
+    copy.encode_special_tokens = True
+    return copy
 
 
 def _tokens(encoder: tokenizers.Tokenizer) -> list[str]:

@@ -31,6 +31,7 @@ _END_ROLES = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 class Parts:
     """The parts.
 
+    ``encoder`` finds the names of control tokens in a text; ``plain`` makes one that does not.
     ``tokens`` and ``types`` [n] are texts and ``TokenType``s by id. ``spelling`` says how the text
     of a NORMAL token stands for bytes: ``bytes`` in the alphabet of GPT-2, ``spaces`` with U+2581
     for a space, ``wordpiece`` with ``##`` for no space. ``strips_space``: a decoded text loses one
@@ -39,6 +40,7 @@ class Parts:
     """
 
     encoder: tokenizers.Tokenizer
+    plain: Callable[[], tokenizers.Tokenizer]
     tokens: Sequence[str]
     types: Sequence[int]
     spelling: Spelling

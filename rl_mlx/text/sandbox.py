@@ -18,7 +18,8 @@ from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import SandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 MAX_STEPS = 2_000_000
@@ -39,6 +40,7 @@ def compile_template(source: str) -> jinja2.Template:
         "from_json": json.loads,
         "_counted": _counted,
         "_joined": _joined,
+        "_changed": _changed,
     }
     environment.globals |= {"raise_exception": _raise, "strftime_now": _now}
     tree = _Bounds().visit(environment.parse(source))
@@ -69,7 +71,9 @@ class _Steps:
             raise SecurityError(f"it takes more than {MAX_STEPS} steps")
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
+class _Sandbox(SandboxedEnvironment):
+    """Jinja's sandbox, with bounds. What a template changes are copies, so it may change them."""
+
     intercepted_binops = frozenset({"+", "*", "**"})
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
@@ -107,6 +111,16 @@ class _Bounds(NodeTransformer):
         node.iter = nodes.Filter(node.iter, "_counted", [], [], None, None)
         return node
 
+    def visit_Assign(self, node: nodes.Assign) -> nodes.Node:  # noqa: N802
+        """``set a.b = c``: of a dictionary too, which some templates need and llama.cpp allows."""
+        self.generic_visit(node)
+        if not isinstance(node.target, nodes.NSRef):
+            return node
+        owner = nodes.Name(node.target.name, "load")
+        arguments = [nodes.Const(node.target.attr), node.node]
+        change = nodes.Filter(owner, "_changed", arguments, [], None, None)
+        return nodes.ExprStmt(change).set_lineno(node.lineno)
+
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:  # noqa: N802
         self.generic_visit(node)
         return nodes.Filter(nodes.List(node.nodes), "_joined", [], [], None, None)
@@ -134,6 +148,12 @@ def _counted(context: Context, items: Iterable[Any]) -> Iterable[Any]:
     return rounds()
 
 
+def _changed(owner: Any, name: str, value: Any) -> None:
+    if not isinstance(owner, (Namespace, dict)):
+        raise jinja2.TemplateRuntimeError(f"cannot set {name!r} of a {type(owner).__name__}")
+    owner[name] = value
+
+
 def _joined(items: list[Any]) -> str:
     texts = [str(item) for item in items]
     _check_size(sum(map(len, texts)))
@@ -148,8 +168,20 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+        default=_listed,
     )
+
+
+def _listed(value: Any) -> list[Any]:
+    """What a filter such as ``map`` gives."""
+    if not isinstance(value, Iterator):
+        raise TypeError(f"a {type(value).__name__} is not JSON")
+    return list(value)
 
 
 def _raise(message: str) -> NoReturn:

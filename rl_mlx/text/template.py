@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -25,7 +27,9 @@ _FAILURES = (
     MemoryError,
 )
 _PROBE = "(probe)"
-_ASKS_FOR_NONE = re.compile(r"content['\"\]]*\s+(is\s+(not\s+)?|[!=]=\s*)none", re.IGNORECASE)
+_ASKS_FOR_NONE = re.compile(
+    r"(?<!reasoning_)content['\"\]]*\s+(is\s+(not\s+)?|[!=]=\s*)none", re.IGNORECASE
+)
 
 
 class ChatTemplate:
@@ -92,19 +96,20 @@ class _Program:
 
     def render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
         shaped = [self._shape(message) for message in messages]
-        try:
+        first: BaseException | None = None
+        for attempt in _ways(shaped, variables):
             try:
-                return self._run(shaped, variables)
-            except _FAILURES:
-                as_text = [_arguments_as_text(message) for message in shaped]
-                if as_text == shaped:
-                    raise
-                return self._run(as_text, variables)
-        except _FAILURES as error:
-            raise InvalidRequest(_words(error)) from error
+                return self._run(*attempt)
+            except _FAILURES as error:
+                first = first or error
+                if type(error) is jinja2.TemplateError:  # raise_exception: a refusal is final
+                    break
+        assert first is not None
+        raise InvalidRequest(_words(first)) from first
 
     def _run(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
-        return run(self._template, {**self._tokens, **variables, "messages": messages})
+        given = {**variables, "messages": messages}
+        return run(self._template, {**self._tokens, **copy.deepcopy(given)})
 
     @cached_property
     def _template(self) -> jinja2.Template:
@@ -132,6 +137,29 @@ class _Program:
         elif isinstance(content, str) and self._wants_parts:
             content = [{"type": "text", "text": content}]
         return {**message, "content": content}
+
+
+def _ways(
+    messages: list[dict[str, Any]], variables: Mapping[str, Any]
+) -> Iterator[tuple[list[dict[str, Any]], Mapping[str, Any]]]:
+    """Ways to say the same, for templates that read only one; the usual one first.
+
+    The arguments of tool calls as JSON's text; no content as an empty text; no tools as an empty
+    list; and ``functions`` and ``datetime``, which the earliest templates with tools want.
+    """
+    as_text = [_arguments_as_text(message) for message in messages]
+    forms = [messages] if as_text == messages else [messages, as_text]
+    for form in forms:
+        yield form, variables
+    tools = variables["tools"] or []
+    early = {
+        "functions": json.dumps(tools, ensure_ascii=False, indent=4),
+        "datetime": datetime.now().strftime("%b %d %Y %H:%M:%S"),
+        **variables,
+        "tools": tools,
+    }
+    for form in forms:
+        yield [{**m, "content": "" if m["content"] is None else m["content"]} for m in form], early
 
 
 def _words(error: BaseException) -> str:

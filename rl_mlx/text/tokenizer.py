@@ -165,10 +165,8 @@ class Tokenizer:
 
     @cached_property
     def _plain_encoder(self) -> tokenizers.Tokenizer:
-        """The encoder again, blind to control tokens: the switch is not for many threads."""
-        encoder = tokenizers.Tokenizer.from_str(self._encoder.to_str())
-        encoder.encode_special_tokens = True
-        return encoder
+        """The encoder that is blind to control tokens; made when it is first wanted."""
+        return self._parts.plain()
 
     def _outside(self, token: int) -> InvalidRequest:
         return InvalidRequest(f"token id {token} is outside the vocabulary of {self.vocab_size}")
