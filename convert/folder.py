@@ -82,6 +82,10 @@ class FolderWeights(Weights):
         groups = math.prod(array.shape) * 32 // packing.bits // packing.group_size
         return math.prod(array.shape) * 4 + groups * (8 if packing.mode == "affine" else 1)
 
+    def dtype(self, name: str) -> FloatType | None:
+        """The float type that ``name`` is stored in, None for a packed tensor; costs no reading."""
+        return None if self._packing(name) else self._float_type(name)
+
     def load(self, name: str, scales: FloatType = "float32", *, exact: bool = False) -> Tensor:  # noqa: ARG002
         """See ``Weights``; scales too large for the type asked for are given in float32.
 
@@ -275,8 +279,9 @@ def _check_packing(
             f"tensor '{module}.scales' must be {list(groups)} by its weight and quantization, "
             f"but is {list(scales.shape)}"
         )
-    if affine and (biases is None or biases.shape != groups):
-        raise FormatError(f"tensor '{module}.biases' must be {list(groups)}, as its scales are")
+    if (groups if affine else None) != (biases.shape if biases else None):
+        must = f"be {list(groups)}, as its scales are" if affine else "not be there"
+        raise FormatError(f"tensor '{module}.biases' must {must}, in mode {packing.mode!r}")
     if (scales.dtype == "U8") == affine:
         raise FormatError(
             f"tensor '{module}.scales' cannot be {scales.dtype} in mode {packing.mode!r}"

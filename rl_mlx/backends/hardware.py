@@ -99,7 +99,9 @@ def mlx_status() -> BackendStatus:
     """Whether MLX loads, and the device it computes on."""
     if importlib.util.find_spec("mlx") is None:
         return BackendStatus(
-            "mlx", available=False, reason="MLX is not installed; install it: pip install mlx mlx-lm"
+            "mlx",
+            available=False,
+            reason="MLX is not installed; install it: pip install mlx mlx-lm",
         )
     try:
         import mlx.core as mx  # noqa: PLC0415  (only to look whether it can be loaded)

@@ -239,3 +239,24 @@ def test_two_models_in_one_process(
     assert len(ask(other, [5, 6, 7], max_tokens=20).ids) == 20
     other.close()
     assert ask(backend, [1], max_tokens=20).ids == golden[:20]
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama3-rope", "qwen3_moe"])
+def test_a_folder_runs_and_is_exported_once(
+    name: str,
+    open_cpp: Any,
+    ask: Any,
+    shared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    reference = np.load(shared / "hf" / name / "reference.npz")
+    ids, expected = reference["ids"].ravel().tolist(), reference["logits"].reshape(-1, 1000)
+    backend = open_cpp(shared / "hf" / name)
+    assert np.abs(backend.logits(ids) - expected).max() <= 5e-3 * np.abs(expected).max()
+    (file,) = (tmp_path / "rl-mlx" / "gguf").iterdir()
+    before = file.stat().st_mtime_ns
+    again = open_cpp(shared / "hf" / name)
+    assert file.stat().st_mtime_ns == before
+    assert ask(again, ids[:8], max_tokens=8).ids == ask(backend, ids[:8], max_tokens=8).ids

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from rl_mlx.backends.base import Backend, Emit, Stats, default_context
 from rl_mlx.backends.llamacpp.draft import Drafter, DraftModel, Lookup
 from rl_mlx.backends.llamacpp.engine import Engine
+from rl_mlx.backends.llamacpp.exported import gguf_of
 from rl_mlx.backends.llamacpp.library import Library, open_library
 from rl_mlx.backends.llamacpp.model import KV, Context, Model
 from rl_mlx.backends.llamacpp.options import LlamaCppOptions
@@ -59,7 +60,7 @@ class LlamaCppBackend(Backend):
         options = LlamaCppOptions.of(settings.backend_options)
         library = open_library()
         kv = kv_types(settings, options)
-        model = Model(library, files.path, options)
+        model = Model(library, gguf_of(files.path), options)
         try:
             return cls._start(library, model, files, settings, options, kv)
         except BaseException:
@@ -216,7 +217,7 @@ def _drafter(
         )
     if settings.draft in {"lookup", "auto"}:
         return Lookup()
-    draft = Model(library, resolve(settings.draft).path, options)
+    draft = Model(library, gguf_of(resolve(settings.draft).path), options)
     return DraftModel(draft, model, options, length, unified=unified)
 
 
