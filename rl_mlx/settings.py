@@ -1,4 +1,6 @@
-"""Settings as frozen dataclasses: flags over environment over ``config.toml`` over the defaults here."""
+"""Settings as frozen dataclasses: flags over environment over ``config.toml`` over the defaults
+here.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,12 @@ KV_BITS = (4, 6, 8)
 class ModelSettings:
     """How a model is loaded; the keyword arguments of ``LLM``.
 
-    ``backend``: ``auto``, ``mlx``, ``llama.cpp`` or the URL of an OpenAI-compatible server. ``draft``: a model
-    reference, ``lookup``, ``auto`` or None. ``context``: tokens, None for the model's own. ``kv_bits``: 8, 6, 4
-    or None for the compute type. ``memory``: a budget in bytes, or a string such as ``"12GB"`` or ``"80%"``.
-    ``dtype``: ``float32``, ``float16``, ``bfloat16``, or None for what suits the device. ``backend_options``:
-    what only one backend knows (``LlamaCppOptions``, ``RemoteOptions``); a backend raises for an unknown one.
+    ``backend``: ``auto``, ``mlx``, ``llama.cpp`` or the URL of an OpenAI-compatible server.
+    ``draft``: a model reference, ``lookup``, ``auto`` or None. ``context``: tokens, None for the
+    model's own. ``kv_bits``: 8, 6, 4 or None for the compute type. ``memory``: a budget in bytes,
+    or a string such as ``"12GB"`` or ``"80%"``. ``dtype``: ``float32``, ``float16``, ``bfloat16``,
+    or None for what suits the device. ``backend_options``: what only one backend knows
+    (``LlamaCppOptions``, ``RemoteOptions``); a backend raises for an unknown one.
     """
 
     backend: str = "auto"
@@ -41,11 +44,15 @@ class ModelSettings:
     backend_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("backend", "draft", "dtype"):
+            text = getattr(self, name)
+            if not isinstance(text, str) and (text is not None or name == "backend"):
+                raise InvalidRequest(f"{name} must be a text, not {text!r}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise InvalidRequest(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         if self.kv_bits is not None and self.kv_bits not in KV_BITS:
             raise InvalidRequest(f"kv_bits must be 4, 6 or 8, not {self.kv_bits!r}")
-        if self.context is not None and (not isinstance(self.context, int) or self.context < 1):
+        if self.context is not None and (type(self.context) is not int or self.context < 1):
             raise InvalidRequest(f"context must be at least 1 token, not {self.context!r}")
         if not isinstance(self.backend_options, Mapping):
             raise InvalidRequest(
@@ -60,9 +67,11 @@ _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def parse_memory(text: int | str, total: int) -> int:
-    """Bytes from ``8000000000``, ``"8GB"``, ``"8GiB"``, ``"8g"`` or a share of ``total`` as ``"75%"``."""
+    """Bytes from ``8000000000``, ``"8GB"``, ``"8GiB"``, ``"8g"`` or a share of ``total`` as
+    ``"75%"``.
+    """
     if isinstance(text, int) and not isinstance(text, bool):
-        size = float(text)
+        size: float = text
     else:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[kmgt]?i?b?)", str(text).strip().lower())
         if match is None:
@@ -78,7 +87,8 @@ def parse_memory(text: int | str, total: int) -> int:
 
 
 def config_path(environ: Mapping[str, str] = os.environ) -> Path:
-    """``$RL_MLX_CONFIG``, else ``$XDG_CONFIG_HOME/rl-mlx/config.toml``, else below ``~/.config``."""
+    """``$RL_MLX_CONFIG``, else ``$XDG_CONFIG_HOME/rl-mlx/config.toml``, else below ``~/.config``.
+    """
     if "RL_MLX_CONFIG" in environ:
         return Path(environ["RL_MLX_CONFIG"])
     base = environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
@@ -107,7 +117,7 @@ def _read_file(path: Path, known: set[str]) -> dict[str, Any]:
         table = tomllib.loads(path.read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise InvalidRequest(f"cannot read the settings in {path}: {error}") from error
     for name in table:
         if name not in known:

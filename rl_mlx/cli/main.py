@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn, cast
 
 import typer
 from typer.core import TyperGroup
+from typer.main import get_command
 
 from rl_mlx import __version__
 from rl_mlx.cli import chat, doctor, generate, listing, pull, rm, show
@@ -78,10 +79,8 @@ def main(arguments: Sequence[str]) -> int:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     debug = "--debug" in arguments[:end]
     rest = [a for a in arguments[:end] if a != "--debug"] + list(arguments[end:])
-    if not debug:
-        sys.excepthook = _bug
     try:
-        code = app(args=rest or ["--help"], prog_name=NAME, standalone_mode=False)
+        code = get_command(app).main(rest or ["--help"], prog_name=NAME, standalone_mode=False)
     except UsageError as error:
         complain(_wrong_command(error))
         return 2
@@ -124,6 +123,8 @@ def run() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not a crash where a character cannot be written
             stream.reconfigure(errors="replace")
+    if "--debug" not in sys.argv:
+        sys.excepthook = _bug
     sys.exit(main(sys.argv[1:]))
 
 
