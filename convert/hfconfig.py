@@ -13,6 +13,7 @@ from typing import Any
 from rl_mlx.convert.layout import knows
 
 _ROPE_ONLY = ("rope_theta", "partial_rotary_factor")
+_ORIGINAL = "original_max_position_embeddings"
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -46,18 +47,17 @@ def _rope(config: dict[str, Any]) -> None:
     kind = full.get("rope_type") or full.get("type") or "default"
     scaling = {k: v for k, v in full.items() if k not in _ROPE_ONLY}
     if config.get("rope_scaling") is None:
-        default = kind == "default"
+        default = kind == "default" and "mrope_section" not in full
         config["rope_scaling"] = None if default else {**scaling, "rope_type": kind, "type": kind}
-    original = full.get("original_max_position_embeddings")
-    if original is not None:
-        config.setdefault("original_max_position_embeddings", original)
+    if kind == "longrope" and full.get(_ORIGINAL) is not None:
+        config.setdefault(_ORIGINAL, full[_ORIGINAL])
 
 
 def _rope_from_4(config: dict[str, Any]) -> None:
     """``rope_parameters`` from ``rope_theta``, ``rope_scaling`` and their companions."""
     if config.get("rope_theta") is None and not config.get("rope_scaling"):
         return
-    scaling = dict(config.get("rope_scaling") or {})
+    scaling = dict(config.setdefault("rope_scaling", None) or {})
     kind = scaling.pop("type", None)
     kind = scaling.pop("rope_type", None) or kind or "default"
     if config.get("model_type") == "phi3" and kind in {"su", "yarn"}:
@@ -68,9 +68,10 @@ def _rope_from_4(config: dict[str, Any]) -> None:
     for key in _ROPE_ONLY:
         if config.get(key) is not None:
             full[key] = config[key]
-    original = config.get("original_max_position_embeddings")
-    if original is not None and kind == "longrope":
-        full.setdefault("original_max_position_embeddings", original)
+    if kind == "longrope":
+        for ours, other in ((full, config), (config, full)):
+            if other.get(_ORIGINAL) is not None:
+                ours.setdefault(_ORIGINAL, other[_ORIGINAL])
     local = config.get("rope_local_base_freq")
     if local is None:
         config["rope_parameters"] = full

@@ -2,7 +2,7 @@
 
 The format is that of https://huggingface.co/docs/safetensors: a little-endian uint64 length, that
 many bytes of JSON, then the tensors without gaps. All that a header can lie about is checked before
-a byte of data is touched.
+a byte of data is touched. (The ``safetensors`` package has no bfloat16 in NumPy, and copies.)
 """
 
 from __future__ import annotations

@@ -23,6 +23,9 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
     Raises ``UnsupportedModel`` for an architecture that is none of ours, and ``FormatError`` where
     a key is missing or cannot be right.
     """
+    kind = file.str("general.type", "model")
+    if kind != "model":
+        raise FormatError(f"{file.paths[0]}: of the type {kind!r}, which is no model by itself")
     arch = file.str("general.architecture")
     if arch not in _ARCHITECTURES:
         raise UnsupportedModel(
@@ -105,6 +108,10 @@ def _common(keys: _Keys) -> Fields:
     if keys.layers > len(file.tensors):
         raise FormatError(
             f"{keys.path}: {keys.layers} blocks are not in {len(file.tensors)} tensors"
+        )
+    if not file.bool(f"{keys.arch}.attention.causal", True):
+        raise UnsupportedModel(
+            f"{keys.path}: a model for embeddings, which sees what follows and generates no text"
         )
     if keys.count("attention.value_length", keys.head_dim) != keys.head_dim:
         raise UnsupportedModel(
