@@ -23,6 +23,38 @@ DTYPES = ("float32", "float16", "bfloat16")
 KV_BITS = (4, 6, 8)
 
 
+@dataclass(frozen=True)
+class KVFormat:
+    """Bits of the keys and values kept, None for the compute type; the first ``start`` tokens stay
+    unquantized.
+    """
+
+    keys: int | None = None
+    values: int | None = None
+    start: int = 0
+
+    @classmethod
+    def parse(cls, text: int | str | None) -> KVFormat:
+        """``8``, ``"8"``, ``"8/4"`` (keys, values), ``"8/4@512"`` (past the first 512 tokens), or
+        None.
+
+        Raises ``InvalidRequest``.
+        """
+        if text is None:
+            return cls()
+        match = re.fullmatch(r"(\d+)(?:/(\d+))?(?:@(\d+))?", str(text).strip())
+        if match is None or isinstance(text, bool):
+            raise InvalidRequest(f"kv_bits must look like 8, 8/4 or 8/4@512, not {text!r}")
+        keys = int(match[1])
+        values = int(match[2]) if match[2] else keys
+        if keys not in KV_BITS or values not in KV_BITS:
+            raise InvalidRequest(f"kv_bits must be 4, 6 or 8, not {text!r}")
+        return cls(keys, values, int(match[3] or 0))
+
+
+DENSE_KV = KVFormat()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """How a model is loaded; the keyword arguments of ``LLM``.
@@ -38,7 +70,7 @@ class ModelSettings:
     backend: str = "auto"
     draft: str | None = None
     context: int | None = None
-    kv_bits: int | None = None
+    kv_bits: int | str | None = None
     memory: int | str | None = None
     dtype: str | None = None
     backend_options: Mapping[str, Any] = field(default_factory=dict)
@@ -50,8 +82,7 @@ class ModelSettings:
                 raise InvalidRequest(f"{name} must be a text, not {text!r}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise InvalidRequest(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
-        if self.kv_bits is not None and self.kv_bits not in KV_BITS:
-            raise InvalidRequest(f"kv_bits must be 4, 6 or 8, not {self.kv_bits!r}")
+        KVFormat.parse(self.kv_bits)
         if self.context is not None and (type(self.context) is not int or self.context < 1):
             raise InvalidRequest(f"context must be at least 1 token, not {self.context!r}")
         if not isinstance(self.backend_options, Mapping):
@@ -128,7 +159,7 @@ def _read_file(path: Path, known: set[str]) -> dict[str, Any]:
 
 
 def _parse(name: str, text: str) -> Any:
-    if name not in {"context", "kv_bits"}:
+    if name != "context":
         return text
     try:
         return int(text)

@@ -119,7 +119,7 @@ def tiny_weights(config: dict[str, Any]) -> RandomWeights:
 
 
 @pytest.fixture(scope="session")
-def tiny() -> Callable[[str], RandomWeights]:
-    """``tiny("llama" | "gemma3" | "lfm2")``: small random weights of that family."""
+def tiny() -> Callable[..., RandomWeights]:
+    """``tiny("llama" | "gemma3" | "lfm2", **config)``: small random weights of that family."""
     configs = {"llama": LLAMA, "gemma3": GEMMA3, "lfm2": LFM2}
-    return lambda family: tiny_weights(configs[family])
+    return lambda family, **more: tiny_weights({**configs[family], **more})

@@ -8,35 +8,73 @@ and a step runs over a range of them, so that attention reads the arena in place
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
-from rl_mlx.cache.layers import KVLayer, StateLayer
-from rl_mlx.model.attention import Mask, attend
+from rl_mlx.cache.layers import KVLayer, KVPiece, StateLayer
 from rl_mlx.model.plan import CacheSpec, KVSpec
 from rl_mlx.model.rope import Offset
+from rl_mlx.model.step import Mask
+from rl_mlx.settings import DENSE_KV, KVFormat
 
 GROWTH = 256
 """Tokens by which the rows grow."""
 
 
-class Arena:
-    """Rows of every layer. ``longest_step`` bounds the tokens of a row in one step (a prefill
-    chunk).
+@dataclass(frozen=True)
+class Piece:
+    """What every layer keeps of a stretch of a row's tokens, in arrays of its own.
+
+    A recurrent layer's part is its state after the last of them, or None where that was not at
+    hand.
     """
 
+    layers: tuple[KVPiece | mx.array | None, ...]
+
+    def arrays(self) -> list[mx.array]:
+        """All that is held."""
+        found: list[mx.array] = []
+        for part in self.layers:
+            if isinstance(part, KVPiece):
+                found += part.arrays()
+            elif part is not None:
+                found.append(part)
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(int(a.nbytes) for a in self.arrays())
+
+    @property
+    def has_state(self) -> bool:
+        """Whether a row can go on from the end of it."""
+        return all(part is not None for part in self.layers)
+
+
+class Arena:
+    """Rows of every layer. ``longest_step`` bounds a row's tokens in one step (a prefill chunk)."""
+
     def __init__(
-        self, specs: Sequence[CacheSpec], dtype: mx.Dtype, longest_step: int = 512
+        self,
+        specs: Sequence[CacheSpec],
+        dtype: mx.Dtype,
+        longest_step: int = 512,
+        kv: KVFormat = DENSE_KV,
     ) -> None:
+        """Raises ``InvalidRequest`` where ``kv`` asks for what these layers cannot do."""
         self.lengths: list[int] = []
         self.longest_step = longest_step
         self._specs = specs
         self._dtype = dtype
+        self._kv = kv
         self._layers = self._empty()
+        self._recent: tuple[int, Sequence[int]] = (0, ())
 
     def _empty(self) -> list[KVLayer | StateLayer]:
         return [
-            KVLayer(s, self.longest_step, self._dtype)
+            KVLayer(s, self.longest_step, self._dtype, self._kv)
             if isinstance(s, KVSpec)
             else StateLayer(s, self._dtype)
             for s in self._specs
@@ -52,6 +90,19 @@ class Arena:
         """Bytes held."""
         return sum(int(a.nbytes) for a in self.arrays())
 
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether some layer keeps a state, which cannot be cut at any token."""
+        return any(isinstance(layer, StateLayer) for layer in self._layers)
+
+    def bytes_for(self, rows: int, length: int) -> int:
+        """Bytes that this arena takes once it has ``rows`` rows of up to ``length`` tokens."""
+        length = _grown(length)
+        return sum(
+            layer.bytes_for(rows, length) if isinstance(layer, KVLayer) else layer.bytes_for(rows)
+            for layer in self._layers
+        )
+
     def arrays(self) -> list[mx.array]:
         """All arrays held, for evaluation."""
         return [a for layer in self._layers for a in layer.arrays()]
@@ -59,11 +110,13 @@ class Arena:
     def add_row(self) -> int:
         """Take an empty row into use; it is the last one."""
         self.lengths.append(0)
-        row = self.rows - 1
         for layer in self._layers:
-            layer.grow(self.rows, 0)
-            layer.clear_row(row)
-        return row
+            if isinstance(layer, StateLayer):
+                layer.grow(self.rows)
+                layer.clear_row(self.rows - 1)
+            else:
+                layer.grow(self.rows, 0)
+        return self.rows - 1
 
     def copy_row(self, source: int, target: int) -> None:
         """Make ``target`` a copy of ``source``: a fork, or a move before ``drop_row``."""
@@ -80,13 +133,10 @@ class Arena:
 
     def begin(self, start: int, stop: int, count: int) -> ArenaStep:
         """A step of ``count`` new tokens for each of the rows ``start .. stop - 1``."""
-        assert 0 < count <= self.longest_step, (
-            "a step is at least one token and at most the longest"
-        )
+        assert 0 < count <= self.longest_step, "a step has between one and longest_step tokens"
         offsets = self.lengths[start:stop]
-        needed = -(-(max(offsets) + count) // GROWTH) * GROWTH
-        for layer in self._layers:
-            layer.grow(self.rows, needed)
+        self._grow(max(offsets) + count)
+        self._recent = start, offsets
         return ArenaStep(self._layers, start, offsets, count)
 
     def advance(self, start: int, counts: Sequence[int]) -> None:
@@ -96,6 +146,61 @@ class Arena:
         for layer in self._layers:
             if isinstance(layer, StateLayer):
                 layer.commit(start, counts)
+
+    def take(self, row: int, first: int, last: int) -> Piece:
+        """Copy the tokens ``first .. last - 1`` of a row out; the row keeps them."""
+        assert first < last <= self.lengths[row], "only tokens that are there can be taken"
+        piece = Piece(
+            tuple(
+                layer.take(row, first, last)
+                if isinstance(layer, KVLayer)
+                else self._state(layer, row, last)
+                for layer in self._layers
+            )
+        )
+        mx.eval(piece.arrays())  # a pending copy would keep the arena from being written in place
+        return piece
+
+    def put(self, row: int, pieces: Sequence[tuple[Piece, int]]) -> None:
+        """Fill an empty row with the first ``count`` tokens of each piece, one after the other.
+
+        Where layers are recurrent the last piece must be whole and have its state.
+        """
+        total = sum(count for _, count in pieces)
+        self._grow(total)
+        for i, layer in enumerate(self._layers):
+            if isinstance(layer, StateLayer):
+                state = pieces[-1][0].layers[i]
+                assert isinstance(state, mx.array), "a row cannot go on without its state"
+                layer.put(row, state)
+                continue
+            first = 0
+            for piece, count in pieces:
+                part = piece.layers[i]
+                assert isinstance(part, KVPiece), "a piece of other layers"
+                if first + count > total - layer.capacity:  # the rest is out of every window
+                    layer.put(row, first, part, count)
+                first += count
+        self.lengths[row] = total
+
+    def _grow(self, length: int) -> None:
+        for layer in self._layers:
+            if isinstance(layer, KVLayer):
+                layer.grow(self.rows, _grown(length))
+
+    def _state(self, layer: StateLayer, row: int, position: int) -> mx.array | None:
+        """A recurrent layer's state at ``position``, where it is now or passed in the last step."""
+        if position == self.lengths[row]:
+            return mx.contiguous(layer.state[row])
+        start, offsets = self._recent
+        b = row - start
+        if 0 <= b < len(offsets) and offsets[b] < position:
+            return mx.contiguous(layer.recent(b, position - offsets[b]))
+        return None
+
+
+def _grown(length: int) -> int:
+    return -(-length // GROWTH) * GROWTH
 
 
 class ArenaStep:
@@ -124,9 +229,12 @@ class ArenaStep:
         sinks: mx.array | None,
     ) -> mx.array:
         """See ``Step.attend``."""
-        keys, values = self.update(layer, keys, values)
-        mask = self.mask(layer)
-        return attend(queries, keys, values, mask, scale=scale, softcap=softcap, sinks=sinks)
+        kept = self._kv(layer)
+        kept.write(self._start, self._offsets, keys, values)
+        return kept.attend(
+            queries, self._start, self._end, self.mask(layer),
+            scale=scale, softcap=softcap, sinks=sinks,
+        )  # fmt: skip
 
     def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """See ``Step.update``."""

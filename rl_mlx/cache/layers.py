@@ -1,78 +1,233 @@
-"""What one layer of the arena keeps: keys and values by position, or the last inputs of a
-convolution.
-"""
+"""What one layer of the arena keeps: keys and values, or a convolution's last inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
+from rl_mlx.cache.codec import Codec, Plain, Planes, Quantized
+from rl_mlx.model.attention import attend, attend_by
 from rl_mlx.model.plan import KVSpec, StateSpec
+from rl_mlx.model.step import Mask
+from rl_mlx.settings import KVFormat
+
+
+class Ring:
+    """Vectors ``[slots, heads, capacity, D]`` in a codec's planes; position p lies at p mod
+    capacity.
+
+    With a capacity beyond every length, p lies at p.
+    """
+
+    def __init__(self, codec: Codec, heads: int, dim: int, dtype: mx.Dtype) -> None:
+        self.codec = codec
+        self.planes = [mx.zeros((0, heads, 0, w), t) for w, t in codec.planes(dim, dtype)]
+
+    @property
+    def capacity(self) -> int:
+        """Positions a row can hold."""
+        return int(self.planes[0].shape[2])
+
+    def grow(self, slots: int, capacity: int) -> None:
+        """Make room; never shrinks."""
+        have = self.planes[0].shape
+        more = max(0, slots - have[0]), max(0, capacity - have[2])
+        if any(more):
+            widths = [(0, more[0]), (0, 0), (0, more[1]), (0, 0)]
+            self.planes = [mx.pad(p, widths) for p in self.planes]
+
+    def write(self, start: int, offsets: Sequence[int], x: mx.array) -> None:
+        """Put ``[B, heads, S, D]`` into rows ``start ...`` at each row's offset."""
+        self.put(start, offsets, self.codec.encode(x))
+
+    def put(self, start: int, offsets: Sequence[int], planes: Planes) -> None:
+        """As ``write``, of what is encoded already."""
+        count, capacity = planes[0].shape[2], self.capacity
+        at = offsets[0] % capacity
+        if at + count <= capacity and all(o == offsets[0] for o in offsets):
+            rows = slice(start, start + len(offsets))
+            for kept, new in zip(self.planes, planes):
+                kept[rows, :, at : at + count] = new
+            return
+        places = (mx.array(list(offsets))[:, None] + mx.arange(count)) % capacity
+        each = mx.arange(start, start + len(offsets))[:, None]
+        for kept, new in zip(self.planes, planes):
+            kept[each, :, places] = new.transpose(0, 2, 1, 3)
+
+    def view(self, start: int, stop: int, first: int, last: int) -> Planes:
+        """Slots ``first .. last - 1`` of rows ``start .. stop - 1``."""
+        return [p[start:stop, :, first:last] for p in self.planes]
+
+    def take(self, row: int, first: int, last: int) -> Planes:
+        """Positions ``first .. last - 1`` of a row, as arrays of their own."""
+        capacity = self.capacity
+        if last <= capacity:
+            return [mx.contiguous(p[row, :, first:last]) for p in self.planes]
+        places = mx.arange(first, last) % capacity
+        return [mx.take(p[row], places, axis=1) for p in self.planes]
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Make row ``target`` what ``source`` is."""
+        for p in self.planes:
+            p[target] = p[source]
+
+
+@dataclass(frozen=True)
+class KVPiece:
+    """Keys and values of a stretch of tokens, taken out of a row: planes ``[heads, n, width]``.
+
+    ``head`` are those of its tokens that the cache holds unquantized, if any.
+    """
+
+    keys: Planes
+    values: Planes
+    head: tuple[Planes, Planes] | None = None
+
+    def arrays(self) -> list[mx.array]:
+        """All that is held."""
+        head = [*self.head[0], *self.head[1]] if self.head else []
+        return [*self.keys, *self.values, *head]
 
 
 class KVLayer:
-    """Keys and values ``[slots, kv_heads, capacity, head_dim]``; the token at position p lies at p
-    mod capacity.
+    """Keys and values of every row.
 
-    A layer that sees everything has a capacity beyond every length, so p lies at p. A sliding
-    layer's capacity stops at its window plus the longest step: what a step overwrites is out of the
-    window of all it may look at, even when most of the step is taken back afterwards.
+    A sliding layer's capacity stops at its window plus the longest step: what a step overwrites is
+    out of the window of all it may look at, even when most of the step is taken back afterwards.
+    With a ``KVFormat`` that starts past a position, the tokens before it are kept unquantized in a
+    ring of their own.
     """
 
-    def __init__(self, spec: KVSpec, longest_step: int, dtype: mx.Dtype) -> None:
+    def __init__(self, spec: KVSpec, longest_step: int, dtype: mx.Dtype, kv: KVFormat) -> None:
         self.spec = spec
         self._most = None if spec.window is None else spec.window + longest_step
-        self.keys = mx.zeros((0, spec.heads, 0, spec.key_dim), dtype)
-        self.values = mx.zeros((0, spec.heads, 0, spec.value_dim), dtype)
+        key_codec = Quantized(kv.keys, spec.key_dim) if kv.keys else Plain()
+        value_codec = Quantized(kv.values, spec.value_dim) if kv.values else Plain()
+        self._is_plain = kv.keys is None and kv.values is None
+        self.keys = Ring(key_codec, spec.heads, spec.key_dim, dtype)
+        self.values = Ring(value_codec, spec.heads, spec.value_dim, dtype)
+        # A sliding layer is small as it is, and its first tokens leave the window anyway.
+        self._start = 0 if spec.window is not None or self._is_plain else kv.start
+        self._head = (
+            Ring(Plain(), spec.heads, spec.key_dim, dtype),
+            Ring(Plain(), spec.heads, spec.value_dim, dtype),
+        )
 
     @property
     def capacity(self) -> int:
         """Tokens a row can hold."""
-        return int(self.keys.shape[2])
+        return self.keys.capacity
 
     def capacity_for(self, length: int) -> int:
         """The capacity a row of ``length`` tokens wants."""
         return length if self._most is None else min(length, self._most)
 
+    def bytes_for(self, slots: int, length: int) -> int:
+        """Bytes that ``slots`` rows of ``length`` tokens take."""
+        capacity = max(self.capacity, self.capacity_for(length))
+        a_token = [p.shape[1] * p.shape[3] * p.dtype.size for p in self._main()]
+        head = self._start + 1 if self._start else 0
+        a_head = [p.shape[1] * p.shape[3] * p.dtype.size for r in self._head for p in r.planes]
+        return slots * (capacity * sum(a_token) + head * sum(a_head))
+
     def grow(self, slots: int, length: int) -> None:
-        """Make room for ``slots`` rows of ``length`` tokens; never shrinks."""
-        have, _, capacity, _ = self.keys.shape
-        slots, length = max(0, slots - have), max(0, self.capacity_for(length) - capacity)
-        if slots or length:
-            more = [(0, slots), (0, 0), (0, length), (0, 0)]
-            self.keys, self.values = mx.pad(self.keys, more), mx.pad(self.values, more)
+        """Make room for ``slots`` rows of ``length`` tokens."""
+        capacity = self.capacity_for(length)
+        self.keys.grow(slots, capacity)
+        self.values.grow(slots, capacity)
+        if self._start:
+            for ring in self._head:
+                ring.grow(slots, self._start + 1)  # the last slot takes what lies past the start
 
     def write(self, start: int, offsets: Sequence[int], keys: mx.array, values: mx.array) -> None:
         """Put ``[B, kv_heads, S, D]`` into rows ``start ...`` at each row's ``offsets``."""
-        count, capacity = keys.shape[2], self.capacity
-        at = offsets[0] % capacity
-        if at + count <= capacity and all(o == offsets[0] for o in offsets):
-            rows = slice(start, start + len(offsets))
-            self.keys[rows, :, at : at + count] = keys
-            self.values[rows, :, at : at + count] = values
-            return
-        places = (mx.array(list(offsets))[:, None] + mx.arange(count)) % capacity
-        rows_ = mx.arange(start, start + len(offsets))[:, None]
-        self.keys[rows_, :, places] = keys.transpose(0, 2, 1, 3)
-        self.values[rows_, :, places] = values.transpose(0, 2, 1, 3)
+        self.keys.write(start, offsets, keys)
+        self.values.write(start, offsets, values)
+        if min(offsets) < self._start:
+            each = mx.arange(start, start + len(offsets))[:, None]
+            places = mx.array(list(offsets))[:, None] + mx.arange(keys.shape[2])
+            places = mx.minimum(places, self._start)
+            for ring, new in zip(self._head, (keys, values)):
+                ring.planes[0][each, :, places] = new.transpose(0, 2, 1, 3)
 
     def view(self, start: int, stop: int, length: int) -> tuple[mx.array, mx.array]:
-        """Keys and values of rows ``start .. stop`` that hold up to ``length`` tokens."""
+        """Plain keys and values of rows ``start .. stop - 1`` that hold up to ``length`` tokens."""
+        assert self._is_plain, "a quantized cache has no plain view"
         seen = min(length, self.capacity)
-        return self.keys[start:stop, :, :seen], self.values[start:stop, :, :seen]
+        return self.keys.view(start, stop, 0, seen)[0], self.values.view(start, stop, 0, seen)[0]
+
+    def attend(
+        self,
+        queries: mx.array,
+        start: int,
+        length: int,
+        mask: Mask,
+        *,
+        scale: float,
+        softcap: float | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """Attention of ``[B, heads, S, D]`` over rows ``start ...`` that hold up to ``length``
+        tokens.
+        """
+        stop = start + queries.shape[0]
+        if self._is_plain:
+            keys, values = self.view(start, stop, length)
+            return attend(queries, keys, values, mask, scale=scale, softcap=softcap, sinks=sinks)
+        seen, head = min(length, self.capacity), min(length, self._start)
+        parts = [(ring, 0, head) for ring in self._head] if head else []
+        parts += [(ring, head, seen) for ring in (self.keys, self.values)] if seen > head else []
+        views = [(r.codec, r.view(start, stop, a, b), b - a) for r, a, b in parts]
+
+        def scores(grouped: mx.array) -> mx.array:
+            found = [c.scores(grouped, _grouped(v)) for c, v, _ in views[::2]]
+            return mx.concatenate(found, axis=-1) if len(found) > 1 else found[0]
+
+        def mix(weights: mx.array) -> mx.array:
+            cuts = mx.split(weights, [views[1][2]], axis=-1) if len(views) > 2 else [weights]
+            mixed = [c.mix(w, _grouped(v)) for w, (c, v, _) in zip(cuts, views[1::2])]
+            return mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1]
+
+        return attend_by(
+            scores, mix, queries, self.spec.heads, seen, mask,
+            scale=scale, softcap=softcap, sinks=sinks,
+        )  # fmt: skip
+
+    def take(self, row: int, first: int, last: int) -> KVPiece:
+        """What is kept of the tokens ``first .. last - 1`` of a row."""
+        head = None
+        if first < self._start:
+            end = min(last, self._start)
+            head = self._head[0].take(row, first, end), self._head[1].take(row, first, end)
+        return KVPiece(self.keys.take(row, first, last), self.values.take(row, first, last), head)
+
+    def put(self, row: int, first: int, piece: KVPiece, count: int) -> None:
+        """Put the first ``count`` tokens of a piece into a row, from position ``first`` on."""
+        for ring, planes in ((self.keys, piece.keys), (self.values, piece.values)):
+            ring.put(row, [first], [p[None, :, :count] for p in planes])
+        if piece.head is not None:
+            for ring, planes in zip(self._head, piece.head):
+                ring.put(row, [first], [p[None, :, :count] for p in planes])
 
     def copy_row(self, source: int, target: int) -> None:
         """Make row ``target`` what ``source`` is."""
-        self.keys[target] = self.keys[source]
-        self.values[target] = self.values[source]
-
-    def clear_row(self, row: int) -> None:
-        """Nothing: what lies past a row's length is never seen."""
+        for ring in (self.keys, self.values, *self._head):
+            if ring.capacity:
+                ring.copy_row(source, target)
 
     def arrays(self) -> list[mx.array]:
         """All that is held."""
-        return [self.keys, self.values]
+        return [p for ring in (self.keys, self.values, *self._head) for p in ring.planes]
+
+    def _main(self) -> list[mx.array]:
+        return [*self.keys.planes, *self.values.planes]
+
+
+def _grouped(planes: Planes) -> Planes:
+    """With an axis for the query heads that share a key head."""
+    return [p[:, :, None] for p in planes]
 
 
 class StateLayer:
@@ -81,33 +236,42 @@ class StateLayer:
     def __init__(self, spec: StateSpec, dtype: mx.Dtype) -> None:
         self.spec = spec
         self.state = mx.zeros((0, spec.taps - 1, spec.width), dtype)
-        self._pending: mx.array | None = None
+        self._recent: mx.array | None = None
 
-    def grow(self, slots: int, length: int) -> None:  # noqa: ARG002  (a state has no length)
+    def bytes_for(self, slots: int) -> int:
+        """Bytes that ``slots`` rows take."""
+        return slots * (self.spec.taps - 1) * self.spec.width * self.state.dtype.size
+
+    def grow(self, slots: int) -> None:
         """Make room for ``slots`` rows."""
         missing = slots - self.state.shape[0]
         if missing > 0:
             self.state = mx.pad(self.state, [(0, missing), (0, 0), (0, 0)])
 
     def extend(self, start: int, inputs: mx.array) -> mx.array:
-        """``inputs`` ``[B, S, width]`` after the kept ones; ``commit`` decides how many of them are
-        kept.
-        """
+        """``inputs`` ``[B, S, width]`` after the kept ones; ``commit`` says how many are kept."""
         kept = self.state[start : start + inputs.shape[0]]
-        self._pending = mx.concatenate([kept, inputs], axis=1)
-        return self._pending
+        self._recent = mx.concatenate([kept, inputs], axis=1)
+        return self._recent
 
     def commit(self, start: int, counts: Sequence[int]) -> None:
         """Keep the first ``counts[b]`` new inputs of each row."""
-        assert self._pending is not None, "commit without a step"
-        keep = self.spec.taps - 1
+        assert self._recent is not None, "commit without a step"
         if all(c == counts[0] for c in counts):
-            state = self._pending[:, counts[0] : counts[0] + keep]
+            state = self.recent(slice(None), counts[0])
         else:
-            places = mx.array(list(counts))[:, None] + mx.arange(keep)
-            state = mx.take_along_axis(self._pending, places[..., None], axis=1)
+            places = mx.array(list(counts))[:, None] + mx.arange(self.spec.taps - 1)
+            state = mx.take_along_axis(self._recent, places[..., None], axis=1)
         self.state[start : start + len(counts)] = state
-        self._pending = None
+
+    def recent(self, which: int | slice, count: int) -> mx.array:
+        """The state after ``count`` inputs of the step just run, of one of its rows or of all."""
+        assert self._recent is not None, "no step was run"
+        return self._recent[which, count : count + self.spec.taps - 1]
+
+    def put(self, row: int, state: mx.array) -> None:
+        """Set a row's state, ``[taps - 1, width]``."""
+        self.state[row] = state
 
     def copy_row(self, source: int, target: int) -> None:
         """Make row ``target`` what ``source`` is."""

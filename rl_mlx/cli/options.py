@@ -39,7 +39,8 @@ class ModelFlags:
         int | None, typer.Option(help="Longest conversation in tokens.", metavar="N")
     ] = None
     kv_bits: Annotated[
-        int | None, typer.Option(help="Bits of the KV cache: 8, 6 or 4.", metavar="N")
+        str | None,
+        typer.Option(help="KV cache bits: 8, 6, 4; 8/4 for keys/values.", metavar="N"),
     ] = None
     memory: Annotated[
         str | None, typer.Option(help="Memory budget: 12GB, or 75%.", metavar="SIZE")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 from rl_mlx.model.layers import FusedLinear, Linear, RMSNorm, SplitLinear
@@ -65,17 +67,47 @@ def attend(
         return mx.fast.scaled_dot_product_attention(
             queries, keys, values, scale=scale, mask=mask, sinks=sinks
         )
+    return attend_by(
+        lambda q: q @ keys[:, :, None].swapaxes(-1, -2),
+        lambda w: w @ values[:, :, None],
+        queries, keys.shape[1], keys.shape[2], mask,
+        scale=scale, softcap=softcap, sinks=sinks,
+    )  # fmt: skip
+
+
+def attend_by(
+    scores_of: Callable[[mx.array], mx.array],
+    mix: Callable[[mx.array], mx.array],
+    queries: mx.array,
+    kv_heads: int,
+    seen: int,
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: mx.array | None,
+) -> mx.array:
+    """Attention spelt out, for scores with a cap and for keys and values that are not plain arrays.
+
+    ``scores_of`` multiplies queries ``[B, kv_heads, heads / kv_heads, S, D]`` with the ``seen``
+    keys, ``mix`` the weights with the values.
+    """
     rows, heads, length, dim = queries.shape
-    kv_heads = keys.shape[1]
-    grouped = (queries * scale).reshape(rows, kv_heads, heads // kv_heads, length, dim)
-    scores = grouped @ keys[:, :, None].swapaxes(-1, -2)
-    scores = mx.tanh(scores / softcap) * softcap  # Gemma 2 bounds its scores
-    allowed = mask_array(mask, length, keys.shape[2])
+    scores = scores_of((queries * scale).reshape(rows, kv_heads, heads // kv_heads, length, dim))
+    if softcap is not None:
+        scores = mx.tanh(scores / softcap) * softcap  # Gemma 2 bounds its scores
+    allowed = mask_array(mask, length, seen)
     if allowed is not None:
         allowed = allowed[:, :, None] if allowed.ndim == 4 else allowed
         scores = mx.where(allowed, scores, mx.array(-mx.inf, scores.dtype))
+    if sinks is not None:  # a logit that takes part in the softmax and adds nothing
+        sink = sinks.reshape(1, kv_heads, -1, 1, 1).astype(scores.dtype)
+        sink = mx.broadcast_to(sink, (*scores.shape[:-1], 1))
+        scores = mx.concatenate([scores, sink], axis=-1)
     weights = mx.softmax(scores, axis=-1, precise=True)
-    return (weights @ values[:, :, None]).reshape(rows, heads, length, dim)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return mix(weights).reshape(rows, heads, length, -1)
 
 
 def mask_array(mask: Mask, queries: int, keys: int) -> mx.array | None:

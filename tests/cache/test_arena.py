@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from rl_mlx.cache.arena import GROWTH, Arena
+from rl_mlx.cache.codec import Plain
+from rl_mlx.errors import InvalidRequest
 from rl_mlx.model.load import load_decoder
 from rl_mlx.model.plan import KVSpec
+from rl_mlx.settings import KVFormat
 
 FAMILIES = ["llama", "gemma3", "lfm2"]
 
@@ -16,6 +19,12 @@ FAMILIES = ["llama", "gemma3", "lfm2"]
 @pytest.fixture(scope="module", params=FAMILIES)
 def decoder(request, tiny):
     return load_decoder(tiny(request.param), 1024, "float32")
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def wide(request, tiny):
+    """Families with a head size that can be quantized."""
+    return load_decoder(tiny(request.param, head_dim=32), 1024, "float32")
 
 
 def run(decoder, arena, start, rows):
@@ -133,3 +142,116 @@ def test_memory_is_the_arithmetic_and_one_growth_step():
     for _ in range(rows):
         arena.drop_row()
     assert arena.nbytes == 0
+
+
+def fill(decoder, arena, tokens):
+    """Put a sequence into a new row; returns the row."""
+    row = arena.add_row()
+    run(decoder, arena, row, [tokens])
+    arena.advance(row, [len(tokens)])
+    return row
+
+
+@pytest.mark.parametrize("cut", [8, 20, 37])
+def test_pieces_taken_out_fill_another_row(decoder, cut):
+    tokens = sequence(5, 50)
+    arena = Arena(decoder.cache_specs, mx.float32, 64)
+    fill(decoder, arena, sequence(6, 30))
+    row = arena.add_row()
+    pieces = []
+    for start, stop in [(0, 20), (20, 37), (37, 50)]:  # as prefill chunks would be
+        run(decoder, arena, row, [tokens[start:stop]])
+        arena.advance(row, [stop - start])
+        pieces.append((arena.take(row, start, min(stop, 40)), min(stop, 40) - start))
+    assert all(p.has_state for p, _ in pieces)
+    arena.drop_row()
+    if arena.is_recurrent:  # only whole pieces will do
+        kept, cut = ([pieces[0]], 20) if cut < 37 else (pieces[:2], 37)
+    else:
+        kept = [pieces[0], (pieces[1][0], cut - 20)] if cut > 20 else [(pieces[0][0], cut)]
+    row = arena.add_row()
+    arena.put(row, kept)
+    got = run(decoder, arena, row, [tokens[cut:]])[0]
+    assert np.abs(got - alone(decoder, tokens)[cut:]).max() < 2e-5
+
+
+def test_a_state_inside_the_last_step_can_be_taken(tiny):
+    decoder = load_decoder(tiny("lfm2"), 1024, "float32")
+    tokens = sequence(7, 40)
+    arena = Arena(decoder.cache_specs, mx.float32, 64)
+    row = fill(decoder, arena, tokens)
+    piece = arena.take(row, 0, 16)
+    arena.add_row()
+    arena.put(1, [(piece, 16)])
+    got = run(decoder, arena, 1, [tokens[16:]])[0]
+    assert np.abs(got - alone(decoder, tokens)[16:]).max() < 2e-5
+
+
+class RoundTrip(Plain):
+    """Plain vectors that went through a quantization: what the packed ones must amount to."""
+
+    def __init__(self, bits, dim):
+        self._how = {"bits": bits, "group_size": 64 if dim % 64 == 0 else 32}
+
+    def encode(self, x):
+        return [mx.dequantize(*mx.quantize(x, **self._how), **self._how)]
+
+
+def answers_of(decoder, prompts, answers, kv):
+    """Hidden states of answers run three tokens at a time, after prompts of other lengths."""
+    arena = Arena(decoder.cache_specs, mx.float32, 64, kv)
+    for prompt in prompts:
+        fill(decoder, arena, prompt)
+    together = []
+    for step in range(0, len(answers[0]), 3):
+        together.append(run(decoder, arena, 0, [a[step : step + 3] for a in answers]))
+        arena.advance(0, [3] * len(answers))
+    return np.concatenate(together, axis=1)
+
+
+@pytest.mark.parametrize("bits", ["8", "6", "4", "8/4"])
+@pytest.mark.parametrize("start", [0, 24])
+def test_packed_vectors_count_as_what_they_stand_for(wide, monkeypatch, bits, start):
+    kv = KVFormat.parse(f"{bits}@{start}")
+    prompts = [sequence(1, 20), sequence(2, 45)]
+    answers = [sequence(3, 12), sequence(4, 12)]
+    packed = answers_of(wide, prompts, answers, kv)
+    monkeypatch.setattr("rl_mlx.cache.layers.Quantized", RoundTrip)
+    assert np.abs(packed - answers_of(wide, prompts, answers, kv)).max() < 5e-5
+    assert np.abs(packed - answers_of(wide, prompts, answers, KVFormat())).max() > 1e-4
+
+
+def test_before_its_start_a_quantized_cache_is_exact(tiny):
+    decoder = load_decoder(tiny("llama", head_dim=32), 1024, "float32")
+    tokens = sequence(1, 30)
+    arena = Arena(decoder.cache_specs, mx.float32, 64, KVFormat(8, 8, start=64))
+    row = fill(decoder, arena, tokens)
+    got = run(decoder, arena, row, [[5]])[0, -1]
+    assert np.abs(got - alone(decoder, [*tokens, 5])[-1]).max() < 2e-5
+
+
+def test_quantized_pieces_fill_another_row(wide):
+    kv = KVFormat(8, 4, start=10)
+    tokens = sequence(5, 50)
+    arena = Arena(wide.cache_specs, mx.float32, 64, kv)
+    row = fill(wide, arena, tokens)
+    pieces = [(arena.take(row, 0, 16), 16), (arena.take(row, 16, 32), 16)]
+    want = run(wide, arena, row, [[9]])  # leaves the row as it is
+    fresh = arena.add_row()
+    arena.put(fresh, pieces)
+    run(wide, arena, fresh, [tokens[32:]])
+    arena.advance(fresh, [18])
+    assert np.abs(run(wide, arena, fresh, [[9]]) - want).max() < 2e-5
+
+
+def test_a_head_size_that_cannot_be_quantized_says_so():
+    with pytest.raises(InvalidRequest, match="head size that 32 divides, and this model's is 24"):
+        Arena([KVSpec(2, 24, 24)], mx.float32, kv=KVFormat(8, 8))
+
+
+def test_the_bytes_of_more_rows_are_known_beforehand(decoder):
+    arena = Arena(decoder.cache_specs, mx.float32, 64)
+    for rows, length in [(1, 60), (2, 64), (3, 10)]:
+        promised = arena.bytes_for(rows, max(length, *arena.lengths, 0))
+        fill(decoder, arena, sequence(rows, length))
+        assert arena.nbytes == promised

@@ -19,7 +19,7 @@ from rl_mlx.backends.llamacpp.slots import Run, Slots
 from rl_mlx.backends.machine import cpu_name, memory_available, memory_total
 from rl_mlx.errors import ContextOverflow, InvalidRequest, OutOfMemory, UnsupportedModel
 from rl_mlx.sample.seeds import fresh_seed
-from rl_mlx.settings import ModelSettings, parse_memory
+from rl_mlx.settings import KVFormat, ModelSettings, parse_memory
 from rl_mlx.store import ModelFiles, resolve
 from rl_mlx.types import ModelInfo, Request
 
@@ -173,8 +173,15 @@ class LlamaCppBackend(Backend):
 
 def kv_types(settings: ModelSettings, options: LlamaCppOptions) -> KV:
     """Types of the KV cache: those named, else by ``kv_bits``, else by ``dtype``, else float16."""
-    default = _KV_OF_BITS[settings.kv_bits] if settings.kv_bits else _KV_OF_DTYPE[settings.dtype]
-    kv = KV(options.cache_type_k or default, options.cache_type_v or default)
+    wanted = KVFormat.parse(settings.kv_bits)
+    if wanted.start:
+        raise InvalidRequest(
+            "llama.cpp quantizes its cache from the first token; leave @ out of kv_bits"
+        )
+    default = _KV_OF_DTYPE[settings.dtype]
+    keys = _KV_OF_BITS[wanted.keys] if wanted.keys else default
+    values = _KV_OF_BITS[wanted.values] if wanted.values else default
+    kv = KV(options.cache_type_k or keys, options.cache_type_v or values)
     if kv.v not in _KV_OF_DTYPE.values() and options.flash_attention is False:
         raise InvalidRequest(f"a {kv.v} cache needs flash attention; leave flash_attention on")
     return kv
