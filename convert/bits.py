@@ -14,26 +14,32 @@ import numpy.typing as npt
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 
 
-def pack(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint32]:
+def pack(
+    codes: npt.NDArray[np.uint8], bits: int, out: npt.NDArray[np.uint32] | None = None
+) -> npt.NDArray[np.uint32]:
     """Pack uint8 ``[..., n]``, each below ``2**bits``, into uint32 ``[..., n * bits / 32]``.
 
-    ``n`` is a multiple of 32. Neighbouring codes are joined in lanes of twice the size until those
-    of a lane fill whole bytes; the rest of each lane is dropped.
+    ``n`` is a multiple of 32; ``out`` (contiguous) takes the words if given. Neighbouring codes are
+    joined in lanes of twice the size until those of a lane fill whole bytes; the rest is dropped.
     """
     assert bits in WIDTHS
     assert codes.shape[-1] % 32 == 0
     shape = (*codes.shape[:-1], codes.shape[-1] * bits // 32)
+    words = np.empty(shape, np.uint32) if out is None else out
+    assert words.shape == shape
+    assert words.flags.c_contiguous
     lanes: npt.NDArray[Any] = np.ascontiguousarray(codes).reshape(-1)
     width = bits
     while width % 8 or 8 < width < 8 * bits:
         lanes = _join(lanes, width)
         width *= 2
+    octets = words.reshape(-1).view(np.uint8)
     if width == 8:
-        return lanes.astype(np.uint8, copy=False).view("<u4").reshape(shape)
-    octets = lanes.view(np.uint8).reshape(-1, 8)[:, :bits]
-    # One copy of `bits` bytes a lane: far cheaper than as many copies of a byte.
-    packed = np.ascontiguousarray(octets.view(f"V{bits}")[:, 0])
-    return packed.view(np.uint8).view("<u4").reshape(shape)
+        np.copyto(octets, lanes, casting="unsafe")
+    else:  # one copy of `bits` bytes a lane is far cheaper than as many copies of a byte
+        held = lanes.view(np.uint8).reshape(-1, 8)[:, :bits].view(f"V{bits}")
+        np.copyto(octets.view(f"V{bits}"), held[:, 0])
+    return words
 
 
 def _join(lanes: npt.NDArray[Any], width: int) -> npt.NDArray[Any]:
@@ -44,7 +50,8 @@ def _join(lanes: npt.NDArray[Any], width: int) -> npt.NDArray[Any]:
     upper: npt.NDArray[Any] = wide >> word(half - width)
     if 2 * width <= half:  # the lower lane's codes are shifted out altogether
         upper |= wide
-        upper &= word((1 << 2 * width) - 1)
+        if 2 * width != 8:  # a byte is cut off by the cast to come
+            upper &= word((1 << 2 * width) - 1)
         return upper
     upper &= word(((1 << width) - 1) << width)
     upper |= wide & word((1 << width) - 1)

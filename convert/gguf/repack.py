@@ -139,7 +139,7 @@ def _affine(raw: U8, kind: Lattice, made: Container, dtype: FloatType) -> Packed
     def work(chunk: slice) -> None:
         with np.errstate(all="ignore"):  # a damaged scale makes NaN weights, as ggml has it
             codes = lattice.fit(kind.codes(blocks[chunk]), kind, made.bits)
-            weight[chunk] = stream.pack(codes.q, made.bits)
+            stream.pack(codes.q, made.bits, weight[chunk])
             for values, out in ((codes.scale, scales), (codes.biases(), biases)):
                 out[chunk] = narrow(values, dtype)
                 if dtype == "float16" and (np.isinf(out[chunk]) & np.isfinite(values)).any():
@@ -156,7 +156,7 @@ def _block_float(raw: U8, kind: BlockFloat, made: Container, dtype: FloatType) -
     scales = np.empty((len(blocks), kind.block_size // made.group_size), np.uint8)
 
     def work(chunk: slice) -> None:
-        weight[chunk] = stream.pack(kind.numbers(blocks[chunk]), made.bits)
+        stream.pack(kind.numbers(blocks[chunk]), made.bits, weight[chunk])
         scales[chunk] = kind.scales(blocks[chunk])
 
     in_chunks(len(blocks), max(1, CHUNK // kind.block_size), work)

@@ -43,6 +43,9 @@ def test_unpack_undoes_pack(bits: int, lead: list[int], runs: int, seed: int) ->
     assert words.dtype == np.uint32
     assert words.shape == (*lead, runs * bits)
     assert np.array_equal(unpack(words, bits), codes)
+    out = np.empty_like(words)
+    assert pack(codes, bits, out) is out
+    assert np.array_equal(out, words)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

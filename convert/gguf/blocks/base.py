@@ -17,8 +17,8 @@ U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
 
 CHUNK = 1 << 20
-"""Weights worked on at a time: a few bytes of each stay in cache, and calls (which hold the GIL) are
-few enough for threads not to wait for one another: at an eighth of it two threads are no gain."""
+"""Weights worked on at a time. Smaller chunks fit the caches better, but NumPy holds the GIL between
+its loops: at an eighth of this, two threads are no faster than one."""
 
 
 class Block(ABC):
@@ -89,8 +89,8 @@ class Codes:
     """Blocks as integers on a lattice: ``value = scale * (q - zero) + bias``, group by group.
 
     ``q`` is uint8 ``[n, block_size]``; ``scale`` and ``bias`` are float32 ``[n, groups]``, as is
-    ``zero`` where it is not one number. Products fit float32 for every type: no order of operations
-    and no fused multiply-add changes a value.
+    ``zero`` where it is not one number; no type has both a zero and a bias. Products fit float32
+    for every type, so that neither the order of operations nor a fused multiply-add changes a value.
     """
 
     q: U8
@@ -111,8 +111,7 @@ class Codes:
 
     def biases(self) -> F32:
         """The bias of ``value = scale * q + bias``, float32 ``[n, groups]``."""
-        shift = self.scale * -np.float32(self.zero)
-        return shift if self.bias is None else shift + self.bias
+        return self.scale * -np.float32(self.zero) if self.bias is None else self.bias
 
 
 class Lattice(Block):
@@ -141,10 +140,12 @@ def fields(octets: U8, bits: int, run: int) -> U8:
 
     Of every ``run`` bytes (a multiple of 8) the lowest fields come first, then the next higher.
     """
-    count = len(octets)
-    lanes = np.ascontiguousarray(octets).view(np.uint64).reshape(count, -1, 1, run // 8)
-    split = np.empty((count, lanes.shape[1], 8 // bits, run // 8), np.uint64)
+    lanes = np.ascontiguousarray(octets).view(np.uint64)
+    mask = np.uint64(0x0101010101010101 * ((1 << bits) - 1))
+    runs = np.empty((octets.size // run, 8 // bits), f"V{run}")
     for field in range(8 // bits):
-        np.right_shift(lanes[:, :, 0], np.uint64(field * bits), out=split[:, :, field])
-    split &= np.uint64(0x0101010101010101 * ((1 << bits) - 1))
-    return split.view(np.uint8).reshape(count, -1)
+        part = lanes >> np.uint64(field * bits)
+        part &= mask
+        # A run at a time is copied: NumPy's loops over a few numbers cost more than the numbers.
+        runs[:, field] = part.view(f"V{run}").reshape(-1)
+    return runs.view(np.uint8).reshape(len(octets), -1)

@@ -99,7 +99,10 @@ def _scales(blocks: U8) -> tuple[F32, F32]:
     packed[:, 2] = second & _LOW6
     packed[:, 3] = ((third >> np.uint32(4)) & _LOW4) | ((second >> np.uint32(2)) & _HIGH2)
     numbers = packed.view(np.uint8)
-    return half(blocks, 0) * numbers[:, :8], -half(blocks, 2) * numbers[:, 8:]
+    scale, bias = numbers[:, :8].astype(np.float32), numbers[:, 8:].astype(np.float32)
+    scale *= half(blocks, 0)
+    bias *= -half(blocks, 2)
+    return scale, bias
 
 
 def _upper(octets: U8) -> U8:
