@@ -46,29 +46,23 @@ def layout(config: Config, tensors: int) -> Shapes:
     return shapes
 
 
-def check(
-    path: Path,
-    expected: Mapping[str, Shape],
-    found: Mapping[str, Shape],
-    what: Callable[[str], str] = repr,
-) -> None:
-    """Compare what the config asks for with what the file has; ``what`` words a tensor's name.
+def check(path: Path, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
+    """Compare the tensors that the config asks for with those that the file has.
 
-    Raises ``FormatError`` for the first tensor that is missing, of another shape, or that would
-    be left unused.
+    Raises ``FormatError`` for the first that is missing, of another shape, or without a use.
     """
     for name, shape in expected.items():
         if name not in found:
-            raise FormatError(f"{path}: tensor {what(name)} is missing; download the model again")
+            raise FormatError(f"{path}: tensor {name!r} is missing; download the model again")
         if found[name] != shape:
             raise FormatError(
-                f"{path}: tensor {what(name)} must be {list(shape)} by the model's configuration, "
+                f"{path}: tensor {name!r} must be {list(shape)} by the model's configuration, "
                 f"but is {list(found[name])}; use another version of the model"
             )
     for name in found:
         if name not in expected:
             raise FormatError(
-                f"{path}: tensor {what(name)} has no place in a model of this configuration; "
+                f"{path}: tensor {name!r} has no place in a model of this configuration; "
                 "try --backend llama.cpp or another version of the model"
             )
 

@@ -116,12 +116,49 @@ CONFIG = {
 }
 
 
+EXTRAS = {
+    "mixtral": {
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    },
+    "qwen3_moe": {
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "head_dim": DIM,
+        "tie_word_embeddings": False,
+    },
+    "gpt_oss": {
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+        "head_dim": DIM,
+        "sliding_window": 8,
+        "tie_word_embeddings": False,
+    },
+    "lfm2": {
+        "norm_eps": 1e-5,
+        "conv_bias": False,
+        "conv_L_cache": 3,
+        "block_dim": HIDDEN,
+        "block_multiple_of": 16,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_auto_adjust_ff_dim": True,
+        "block_ff_dim": 144,
+        "layer_types": ["conv", "full_attention"],
+    },
+}
+
+
 @pytest.fixture
 def hf_config() -> Callable[..., dict]:
-    """The config of a tiny llama, with changes; a value of None takes a key away."""
+    """The config of a tiny model (``model_type``), with changes; None takes a key away."""
 
     def make(**changes) -> dict:
-        merged = CONFIG | changes
+        merged = CONFIG | EXTRAS.get(changes.get("model_type", "llama"), {}) | changes
         return {key: value for key, value in merged.items() if value is not None}
 
     return make
@@ -159,6 +196,32 @@ def mlx_model() -> Callable[..., object]:
         return model
 
     return make
+
+
+@pytest.fixture
+def mlx_arrays(mlx_model) -> Callable[..., dict[str, mx.array]]:
+    """Weights of chance, by canonical name, of a config."""
+
+    def make(config, dtype=mx.float32):
+        parameters = tree_flatten(mlx_model(config).parameters())
+        return {name: array.astype(dtype) for name, array in parameters}
+
+    return make
+
+
+@pytest.fixture
+def assert_same(values) -> Callable[..., None]:
+    """Check that weights have the expected names, shapes and numbers."""
+
+    def check(weights, expected):
+        assert set(weights.names()) == set(expected)
+        for name in weights.names():
+            tensor = weights.load(name)
+            assert tensor.shape == weights.shape(name) == expected[name].shape
+            numbers = np.array(expected[name].astype(mx.float32))
+            np.testing.assert_array_equal(values(tensor), numbers)
+
+    return check
 
 
 @pytest.fixture
