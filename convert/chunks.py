@@ -13,8 +13,8 @@ THREADS = min(4, os.cpu_count() or 1)
 def in_chunks(count: int, step: int, work: Callable[[slice], None]) -> None:
     """Call ``work`` on slices of at most ``step`` that cover ``range(count)``, in any order.
 
-    ``work`` writes its result into arrays made beforehand. Its first exception is raised here, after
-    the calls that had begun.
+    ``work`` writes its result into arrays made beforehand. Its first exception is raised here,
+    once the other threads are done.
     """
     starts = range(0, count, step)
     threads = min(THREADS, len(starts))

@@ -17,8 +17,8 @@ U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
 
 CHUNK = 1 << 20
-"""Weights worked on at a time. Smaller chunks fit the caches better, but NumPy holds the GIL between
-its loops: at an eighth of this, two threads are no faster than one."""
+"""Weights worked on at a time. Smaller chunks fit the caches better, but between NumPy's loops the
+GIL is held: at an eighth of this, two threads are no faster than one."""
 
 
 class Block(ABC):
@@ -90,7 +90,7 @@ class Codes:
 
     ``q`` is uint8 ``[n, block_size]``; ``scale`` and ``bias`` are float32 ``[n, groups]``, as is
     ``zero`` where it is not one number; no type has both a zero and a bias. Products fit float32
-    for every type, so that neither the order of operations nor a fused multiply-add changes a value.
+    for every type: neither the order of operations nor a fused multiply-add changes a value.
     """
 
     q: U8
