@@ -129,14 +129,20 @@ def _scaling(file: GGUFFile, arch: str) -> dict[str, Any]:
             f"{file.paths[0]}: rope scaling {kind!r} of this kind is not supported; "
             "try --backend llama.cpp"
         )
-    return {"rope_type": "yarn", "factor": factor} | _yarn(file, arch)
+    return _yarn(file, arch, factor)
 
 
-def _yarn(file: GGUFFile, arch: str) -> dict[str, Any]:
-    """YaRN (Peng et al. 2023). Magnitudes are as llama.cpp and transformers take them together."""
+def _yarn(file: GGUFFile, arch: str, factor: float) -> dict[str, Any]:
+    """YaRN (Peng et al. 2023), as transformers has it, out of whose config these keys were written.
+
+    llama.cpp passes over the betas and ``yarn_attn_factor`` of most architectures, and has a factor
+    of its own, ``attn_factor``, on top of YaRN's magnitude.
+    """
     at = f"{arch}.rope.scaling."
     context = file.int(f"{arch}.context_length", 0)
     yarn: dict[str, Any] = {
+        "rope_type": "yarn",
+        "factor": factor,
         "original_max_position_embeddings": file.int(f"{at}original_context_length", context),
         "beta_fast": short(file.float(f"{at}yarn_beta_fast", 32.0)),
         "beta_slow": short(file.float(f"{at}yarn_beta_slow", 1.0)),
@@ -145,6 +151,9 @@ def _yarn(file: GGUFFile, arch: str) -> dict[str, Any]:
         raise FormatError(f"{file.paths[0]}: YaRN lacks its original context length")
     if f"{at}yarn_attn_factor" in file.metadata:
         yarn["attention_factor"] = short(file.float(f"{at}yarn_attn_factor"))
+    elif f"{at}attn_factor" in file.metadata:
+        magnitude = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+        yarn["attention_factor"] = magnitude * short(file.float(f"{at}attn_factor"))
     elif file.float(f"{at}yarn_log_multiplier", 0.0):
         yarn["mscale"] = 1.0
         yarn["mscale_all_dim"] = short(file.float(f"{at}yarn_log_multiplier"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from rl_mlx.convert.gguf.config import gguf_config
@@ -88,6 +90,8 @@ def test_yarn_magnitudes(config):
     found = config(**yarn, rope__scaling__yarn_attn_factor=1.5)
     assert found["rope_parameters"]["attention_factor"] == 1.5
     assert found["rope_parameters"]["original_max_position_embeddings"] == 512  # the context
+    found = config(**yarn, rope__scaling__attn_factor=1.5)  # times YaRN's own, by llama.cpp
+    assert found["rope_parameters"]["attention_factor"] == 1.5 * (0.1 * math.log(4) + 1)
     found = config(**yarn, rope__scaling__yarn_log_multiplier=1.0)["rope_parameters"]
     assert (found["mscale"], found["mscale_all_dim"]) == (1.0, 1.0)
 
