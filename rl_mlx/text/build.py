@@ -41,11 +41,12 @@ def build(vocab: Vocab) -> Parts:
     table = _Table(vocab)
     ends = end_ids(table.index.get, table.types, vocab.ids)
     try:
-        kind = make(table)
+        "".join(table.tokens).encode("utf-8")
     except UnicodeEncodeError:
         raise FormatError(
             "the vocabulary has tokens that are not UTF-8; use another version of the model"
         ) from None
+    kind = make(table)
     _add_tokens(kind.encoder, table)
     prefix, suffix = _around(vocab, kind)
     return Parts(

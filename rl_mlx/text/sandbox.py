@@ -17,13 +17,13 @@ from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context
+from jinja2.runtime import Context, Macro
 from jinja2.sandbox import SandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-MAX_STEPS = 2_000_000
-"""Loop rounds and calls of one rendering."""
+MAX_STEPS = 500_000
+"""Loop rounds and calls of one rendering; a call of a macro counts as ten."""
 MAX_SIZE = 2**24
 """Characters of the result, and length of any text or list that an operator makes."""
 _MAX_BITS = 2**16
@@ -65,8 +65,8 @@ class _Steps:
     def __init__(self) -> None:
         self.left = MAX_STEPS
 
-    def take(self) -> None:
-        self.left -= 1
+    def take(self, steps: int = 1) -> None:
+        self.left -= steps
         if self.left < 0:
             raise SecurityError(f"it takes more than {MAX_STEPS} steps")
 
@@ -77,7 +77,7 @@ class _Sandbox(SandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "**"})
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        __context.parent[_STEPS].take()
+        __context.parent[_STEPS].take(10 if isinstance(__obj, Macro) else 1)
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:

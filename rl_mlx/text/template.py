@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import jinja2
+from jinja2.exceptions import SecurityError
 
 from rl_mlx.errors import InvalidRequest
 from rl_mlx.text.sandbox import compile_template, run
@@ -26,6 +27,8 @@ _FAILURES = (
     RecursionError,
     MemoryError,
 )
+# The author's own refusal (raise_exception), and the sandbox's: no other way of saying it helps.
+_FINAL = (jinja2.TemplateError, SecurityError)
 _PROBE = "(probe)"
 _ASKS_FOR_NONE = re.compile(
     r"(?<!reasoning_)content['\"\]]*\s+(is\s+(not\s+)?|[!=]=\s*)none", re.IGNORECASE
@@ -102,7 +105,7 @@ class _Program:
                 return self._run(*attempt)
             except _FAILURES as error:
                 first = first or error
-                if type(error) is jinja2.TemplateError:  # raise_exception: a refusal is final
+                if type(error) in _FINAL:
                     break
         assert first is not None
         raise InvalidRequest(_words(first)) from first

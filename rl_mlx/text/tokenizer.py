@@ -77,9 +77,9 @@ class Tokenizer:
         encoder = self._encoder if parse_special else self._plain_encoder
         try:
             ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
-        except UnicodeEncodeError:
+        except TypeError:
             raise InvalidRequest(
-                "the text has lone surrogates, which are no characters; decode it as UTF-8"
+                "the prompt is no text, or has lone surrogates; give a str decoded from UTF-8"
             ) from None
         if not add_special:
             return ids
