@@ -208,12 +208,8 @@ def _sentencepiece(table: _Table) -> _Kind:
             byte_fallback=TokenType.BYTE in types,
         )
     )
-    steps = _cleaning(table.vocab)
-    prefix = table.vocab.add_space_prefix is not False
-    if prefix:
-        steps.append(normalizers.Prepend(_SPACE))
-    encoder.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
-    return _Kind(encoder, "spaces", add_bos=True, strips_space=prefix)
+    encoder.normalizer = _visible_spaces(table.vocab)
+    return _Kind(encoder, "spaces", add_bos=True, strips_space=_prefixes(table.vocab))
 
 
 def _unigram(table: _Table) -> _Kind:
@@ -226,21 +222,25 @@ def _unigram(table: _Table) -> _Kind:
             byte_fallback=TokenType.BYTE in table.types,
         )
     )
-    encoder.normalizer = normalizers.Sequence(_cleaning(table.vocab))
-    prefix = table.vocab.add_space_prefix is not False
-    scheme = "always" if prefix else "never"
-    encoder.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
-    return _Kind(encoder, "spaces", add_eos=True, strips_space=prefix)
+    encoder.normalizer = _visible_spaces(table.vocab)
+    return _Kind(encoder, "spaces", add_eos=True, strips_space=_prefixes(table.vocab))
 
 
-def _cleaning(vocab: Vocab) -> list[normalizers.Normalizer]:
-    """What a SentencePiece vocabulary does to a text before spaces become visible."""
+def _prefixes(vocab: Vocab) -> bool:
+    """Whether a text gets a space in front."""
+    return vocab.add_space_prefix is not False
+
+
+def _visible_spaces(vocab: Vocab) -> normalizers.Normalizer:
+    """What a SentencePiece vocabulary does to a text first."""
     steps: list[normalizers.Normalizer] = []
     if vocab.charsmap:
         steps.append(normalizers.Precompiled(vocab.charsmap))
     if vocab.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    return steps
+    if _prefixes(vocab):
+        steps.append(normalizers.Prepend(_SPACE))
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
 
 
 def _wordpiece(table: _Table) -> _Kind:
