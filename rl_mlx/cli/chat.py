@@ -127,7 +127,7 @@ def _talk(llm: LLM, conversation: Conversation, *, stats: bool) -> None:
     editor = LineEditor({n: c.words for n, c in session.commands.items()}, history_path())
     info = llm.info
     note(
-        f"{info.name} on {info.backend} ({info.device}), context {info.context}; "
+        f"{info.name} on {info.backend}, {info.device}, context {info.context}; "
         "/help shows the keys"
     )
     for line in info.notes:

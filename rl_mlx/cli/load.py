@@ -28,7 +28,8 @@ def open_llm(reference: str, flags: ModelFlags) -> LLM:
 
         # A download draws bars of its own, which a spinner would tear.
         here = isinstance(find(reference), ModelFiles)
-        waiting = console(stderr=True).status(f"loading {reference}") if here else nullcontext()
+        name = reference.rpartition("/")[2]
+        waiting = console(stderr=True).status(f"loading {name}") if here else nullcontext()
     else:
         waiting = nullcontext()
     with waiting:

@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, NoReturn, cast
 
@@ -120,6 +121,9 @@ def _bug(kind: type[BaseException], error: BaseException, _: TracebackType | Non
 
 def run() -> NoReturn:
     """The entry point."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell: >&-
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not a crash where a character cannot be written
             stream.reconfigure(errors="replace")

@@ -124,6 +124,8 @@ class Session:
                 note(
                     "/drop forgets the oldest turn, /clear all; --context N at the start makes room"
                 )
+            except KeyboardInterrupt:  # a second one, while the first was being dealt with
+                note("(stopped)")
             except (RlMlxError, OSError) as error:
                 complain(" ".join(str(error).split()))
 

@@ -7,7 +7,10 @@ import os
 import shutil
 import stat
 import sys
+import termios
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,6 +40,21 @@ def _colours(stream: Any) -> bool:
 def is_terminal(stream: Any) -> bool:
     """True for a stream that is open and a terminal."""
     return stream is not None and not stream.closed and stream.isatty()
+
+
+@contextmanager
+def without_echo() -> Iterator[None]:
+    """What is typed meanwhile waits for the next prompt and does not tear what is drawn."""
+    if not is_terminal(sys.stdin):
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def piped_input() -> str | None:

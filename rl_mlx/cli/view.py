@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from collections.abc import Generator
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,6 +18,7 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 from rl_mlx.cli.reasoning import Splitter
+from rl_mlx.cli.terminal import without_echo
 from rl_mlx.types import Chunk, FinishReason, Progress, Timings, Usage
 
 FRAMES = 12
@@ -70,7 +72,7 @@ def show(chunks: Generator[Chunk, None, None], view: View, *, reasoning: bool) -
                 reply.text += text
             view.add(text, reasoning=is_reasoning)
 
-    with view:
+    with without_echo(), view:
         try:
             for chunk in chunks:
                 if chunk.progress is not None:
@@ -123,13 +125,18 @@ class MarkdownView:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._spinner = Spinner("dots", "", style="dim")
-        self._live = Live(self, console=console, transient=True, refresh_per_second=FRAMES)
+        self._live = Live(self, console=console, transient=True, auto_refresh=False)
+        # Live's own thread would race with what is printed above it; this one takes turns.
+        self._lock = threading.RLock()
+        self._done = threading.Event()
+        self._painter = threading.Thread(target=self._paint, name="chat-painter", daemon=True)
         self._tail = ""
         self._reasoning = False
         self._printed = False
 
     def __enter__(self) -> MarkdownView:
         self._live.start()
+        self._painter.start()
         return self
 
     def __exit__(
@@ -138,10 +145,16 @@ class MarkdownView:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._done.set()
+        self._painter.join()
         tail, self._tail = self._tail, ""
-        self._spinner.update(text="")
         self._live.stop()
         self._print(tail)
+
+    def _paint(self) -> None:
+        while not self._done.wait(1 / FRAMES):
+            with self._lock:
+                self._live.refresh()
 
     def progress(self, progress: Progress) -> None:
         """Next to the spinner, once there is something to wait for."""
@@ -152,23 +165,23 @@ class MarkdownView:
 
     def add(self, text: str, *, reasoning: bool) -> None:
         """Draw more of it."""
-        if reasoning != self._reasoning and self._tail:
-            tail, self._tail = self._tail, ""
-            self._print(tail)
-        self._reasoning = reasoning
-        self._tail += _CONTROL.sub("", text)
-        if "\n" in text:
-            done, rest = complete_blocks(self._tail)
-            if done:
-                self._tail = rest
-                self._print(done)
+        with self._lock:
+            if reasoning != self._reasoning and self._tail:
+                tail, self._tail = self._tail, ""
+                self._print(tail)
+            self._reasoning = reasoning
+            self._tail += _CONTROL.sub("", text)
+            if "\n" in text:
+                done, rest = complete_blocks(self._tail)
+                if done:
+                    self._tail = rest
+                    self._print(done)
 
     def _print(self, text: str) -> None:
         if text.strip():
-            if self._printed:
-                self._console.print()
+            gap = [Segment.line()] if self._printed else []
             lines = self._lines(text, self._console, self._console.options)
-            self._console.print(Segments([*_joined(lines), Segment.line()]))
+            self._console.print(Segments([*gap, *_joined(lines), Segment.line()]))
             self._printed = True
 
     def _lines(self, text: str, console: Console, options: ConsoleOptions) -> list[list[Segment]]:
