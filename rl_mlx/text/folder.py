@@ -18,6 +18,8 @@ from rl_mlx.text.parts import Parts, Spelling, end_ids
 from rl_mlx.text.sentencepiece import read_sentencepiece
 
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+MAX_TOKENS = 2**24
+"""No model has more; ids above it are damage."""
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -56,7 +58,7 @@ def _from_json(folder: Path, config: Mapping[str, Any]) -> Parts:
         raise FormatError(f"{path}: it cannot be read: {error}; download it again") from None
     encoder.no_truncation()
     encoder.no_padding()
-    tokens = _tokens(encoder)
+    tokens = _tokens(path, encoder)
     types = _types(encoder, tokens)
     ids = _roles(folder, config, encoder)
     ends = end_ids(encoder.token_to_id, types, ids) | _configured_ends(folder, len(tokens))
@@ -84,10 +86,13 @@ def _blind(encoder: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return copy
 
 
-def _tokens(encoder: tokenizers.Tokenizer) -> list[str]:
+def _tokens(path: Path, encoder: tokenizers.Tokenizer) -> list[str]:
     """Texts by id; an id that nothing has is an empty text."""
     index: dict[str, int] = encoder.get_vocab(with_added_tokens=True)
-    tokens = [""] * (max(index.values(), default=-1) + 1)
+    last = max(index.values(), default=-1)
+    if last >= MAX_TOKENS:
+        raise FormatError(f"{path}: it has a token of id {last}; download it again")
+    tokens = [""] * (last + 1)
     for text, token in index.items():
         tokens[token] = text
     return tokens
@@ -184,25 +189,33 @@ def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, tuple[st
         for text, token in _json(folder / "added_tokens.json").items()
         if isinstance(token, int)
     }
-    for token, entry in config.get("added_tokens_decoder", {}).items():
-        added[int(token)] = (_content(entry) or "", bool(entry.get("special", False)))
+    for token, entry in _object(config.get("added_tokens_decoder")).items():
+        if token.isdecimal():
+            added[int(token)] = (_content(entry) or "", bool(_object(entry).get("special")))
+    if max(added, default=0) >= MAX_TOKENS:
+        raise FormatError(f"{folder}: it has an added token of id {max(added)}; download it again")
     return added
 
 
 def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Chat templates by name. The file ``chat_template.jinja`` goes before the configuration's."""
     found = _json(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
-    if isinstance(found, str):
-        templates = {"default": found}
-    elif isinstance(found, Mapping):
-        templates = dict(found)
-    else:
-        templates = {entry["name"]: entry["template"] for entry in found or ()}
+    if isinstance(found, list):
+        found = {_object(entry).get("name"): _object(entry).get("template") for entry in found}
+    elif isinstance(found, str):
+        found = {"default": found}
+    texts = _object(found).items()
+    templates = {name: text for name, text in texts if name and isinstance(text, str)}
     for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        templates[path.stem] = path.read_text("utf-8")
+        templates[path.stem] = path.read_text("utf-8", "replace")
     if (path := folder / "chat_template.jinja").exists():
-        templates["default"] = path.read_text("utf-8")
+        templates["default"] = path.read_text("utf-8", "replace")
     return templates
+
+
+def _object(value: Any) -> Mapping[Any, Any]:
+    """The value, where it is an object."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def _content(token: Any) -> str | None:
