@@ -195,6 +195,20 @@ def test_folders_that_cannot_be_read(tmp_path: Path, byte_encoder: tokenizers.To
         Tokenizer.from_folder(_folder(tmp_path / "ctc", byte_encoder))
 
 
+def test_ids_that_would_fill_the_memory(tmp_path: Path, byte_encoder: tokenizers.Tokenizer) -> None:
+    folder = _folder(tmp_path / "json", byte_encoder)
+    state = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    state["model"]["vocab"]["far"] = 2**32 - 1
+    (folder / "tokenizer.json").write_text(json.dumps(state), "utf-8")
+    with pytest.raises(FormatError, match="token of id 4294967295"):
+        Tokenizer.from_folder(folder)
+    added = {"4000000000": {"content": "far"}}
+    folder = _folder(tmp_path / "model", tokenizer_config={"added_tokens_decoder": added})
+    (folder / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(FormatError, match="added token of id 4000000000"):
+        Tokenizer.from_folder(folder)
+
+
 @pytest.mark.parametrize(
     "data", [b"", b"\xff" * 40, b"\x0a\x05abc", b"\x08\x01", b"\x0a\x02\x08\x01"]
 )
