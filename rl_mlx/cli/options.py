@@ -29,9 +29,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 class ModelFlags:
     """How the model is loaded: over ``RL_MLX_*``, over the settings file, over the defaults."""
 
-    backend: Annotated[str | None, typer.Option(help="auto, mlx or llama.cpp.", metavar="NAME")] = (
-        None
-    )
+    backend: Annotated[
+        str | None, typer.Option(help="auto, mlx, llama.cpp, or a server's URL.", metavar="NAME")
+    ] = None
     draft: Annotated[
         str | None, typer.Option(help="A draft model, or lookup.", metavar="MODEL")
     ] = None

@@ -31,6 +31,8 @@ def find(reference: str) -> ModelFiles | hub.HubRef:
     if not reference.strip():
         raise InvalidRequest("the model's name is empty; rl-mlx list shows those on this machine")
     if reference == DEMO:
+        if not _demo().is_file():
+            raise ModelNotFound("the demo model is not in this installation; reinstall rl-mlx")
         return ModelFiles(DEMO, _demo())
     path = _path(reference)
     if path is not None and path.exists():

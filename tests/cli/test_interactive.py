@@ -46,32 +46,34 @@ PROGRAM = """
 
 
 class Terminal:
-    """A process in a terminal of 50 columns; ``until`` waits for text on its screen."""
+    """A process in a terminal of 50 columns; ``until`` gives what it shows before a text."""
 
     def __init__(self, home: Path, model: Path) -> None:
         self._fd, inner = pty.openpty()
         fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))
-        environment = {**os.environ, "TERM": "xterm", "NO_COLOR": "1", "COLUMNS": "50"}
+        environment = {**os.environ, "TERM": "xterm", "NO_COLOR": "1", "PROMPT_TOOLKIT_NO_CPR": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(PROGRAM), str(model)],
             stdin=inner, stdout=inner, stderr=inner, env=environment, cwd=home,
             start_new_session=True,
         )  # fmt: skip
         os.close(inner)
+        self._rest = ""
 
     def type(self, keys: str) -> None:
         os.write(self._fd, keys.encode())
 
     def until(self, text: str, seconds: float = 20.0) -> str:
-        seen, end = "", time.monotonic() + seconds
+        seen, end = self._rest, time.monotonic() + seconds
         while text not in seen and time.monotonic() < end:
             if select([self._fd], [], [], 0.1)[0]:
                 try:
                     seen += os.read(self._fd, 65536).decode(errors="replace")
                 except OSError:  # the process has closed its end
                     break
-        assert text in seen
-        return seen
+        before, found, self._rest = seen.partition(text)
+        assert found, seen
+        return before
 
     def close(self) -> None:
         self.process.kill()
