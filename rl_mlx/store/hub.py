@@ -149,7 +149,8 @@ def _check_disk(needed: int, cache: Path, ref: HubRef) -> None:
     if needed > free:
         raise OutOfMemory(
             f"{ref} takes {needed / 1e9:.1f} GB more and the disk of {cache} has "
-            f"{free / 1e9:.1f} GB free; make room (rl-mlx rm), or set HF_HUB_CACHE to a folder elsewhere"
+            f"{free / 1e9:.1f} GB free; "
+            "make room (rl-mlx rm), or set HF_HUB_CACHE to a folder elsewhere"
         )
 
 
