@@ -98,11 +98,10 @@ def takes_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """Spread a command's dataclass parameters into one flag a field, as typer reads them."""
     groups: dict[str, Any] = {}
     spread: dict[str, inspect.Parameter] = {}
-    hints = get_type_hints(command, include_extras=True)
-    for name, parameter in inspect.signature(command).parameters.items():
-        group = hints[name]
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        group = parameter.annotation
         if not is_dataclass(group):
-            spread[name] = parameter.replace(annotation=group)
+            spread[name] = parameter
             continue
         groups[name] = group
         for field, hint in get_type_hints(group, include_extras=True).items():

@@ -67,6 +67,8 @@ def test_files_that_cannot_be_read(
 
 def test_help_and_version(capsys: Capture) -> None:
     assert main([]) == main(["--help"]) == main(["-h"]) == 0
+    out = capsys.readouterr().out
+    assert all(out.count(f"\n  {name} ") == 3 for name in COMMANDS)
     for name in COMMANDS:
         assert main([name, "--help"]) == 0
         assert f"rl-mlx {name}" in capsys.readouterr().out
