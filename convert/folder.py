@@ -112,6 +112,43 @@ class FolderWeights(Weights):
             pair, scales = found, "float32"
         return Packed(weight, pair[0], pair[1], packing.bits, packing.group_size, "affine", scales)
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a tensor as it lies in the folder, scales in their own type.
+
+        All axes but the last count as one; the result has two.
+        """
+        packing = self._packing(name)
+        if packing is None:
+            return Dense(_settled(self._arrays[name].rows(start, stop)), self._float_type(name))
+        module = name.removesuffix(".weight")
+        weight, scales = (
+            _settled(self._arrays[f"{module}.{part}"].rows(start, stop))
+            for part in ("weight", "scales")
+        )
+        biases, dtype = None, self.scale_type(name)
+        if packing.mode == "affine":
+            biases = self._arrays[f"{module}.biases"].rows(start, stop)
+            kind = self._float_type(f"{module}.biases")
+            biases = floats.narrow(floats.widen(biases, kind), dtype)
+        return Packed(
+            weight, scales, biases, packing.bits, packing.group_size, packing.mode, dtype
+        )
+
+    def packing(self, name: str) -> tuple[int, int, Mode] | None:
+        """Bits, group size and mode of a packed tensor, None for a dense one."""
+        packing = self._packing(name)
+        return (packing.bits, packing.group_size, packing.mode) if packing else None
+
+    def scale_type(self, name: str) -> FloatType:
+        """The float type of a packed tensor's scales; float32 where they are no floats."""
+        scales = self._arrays[f"{name.removesuffix('.weight')}.scales"]
+        return _FLOATS.get(scales.dtype, "float32")
+
+    def release(self) -> None:
+        """See ``Weights``."""
+        for file in self._files:
+            file.release()
+
     def close(self) -> None:
         """See ``Weights``."""
         for file in self._files:

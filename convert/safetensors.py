@@ -91,6 +91,11 @@ class SafetensorsFile:
         octets = np.frombuffer(self._data, np.uint8)[entry.start : entry.start + entry.nbytes]
         return octets.view(_NUMPY[entry.dtype]).reshape(entry.shape)
 
+    def release(self) -> None:
+        """Give the pages read so far back to the system; arrays stay valid, and read them again."""
+        if self._data is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._data.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Let go of the file; it stays mapped for as long as a view of it lives."""
         self._data = None

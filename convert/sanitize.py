@@ -6,6 +6,7 @@ blocks become MLX's words. What is canonical already (an MLX folder) stays as it
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,20 @@ class Lazy:
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], Array]
+    parts: tuple[Lazy, ...] = ()
+    """Of an array that is stacked from others, these: some of it can be read without the rest."""
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Rows ``[stop - start, last axis]``, where all axes but the last count as one."""
+        if not self.parts:
+            return self.read().reshape(-1, self.shape[-1])[start:stop]
+        each = math.prod(self.parts[0].shape[:-1])
+        touched = range(start // each, -(-stop // each))
+        found = [
+            self.parts[i].rows(max(start - i * each, 0), min(stop - i * each, each))
+            for i in touched
+        ]
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
     def seen(self, shape: tuple[int, ...], view: Callable[[Array], Array], dtype: str = "") -> Lazy:
         """The same array through ``view``, which makes it of ``shape``."""
@@ -119,7 +134,8 @@ def _stack(name: str, parts: Mapping[int, Lazy]) -> Lazy:
                 f"expert {i} of tensor {name!r} is {array.dtype} {list(array.shape)}, "
                 f"but expert 0 is {dtype} {list(shape)}"
             )
-    return Lazy((len(arrays), *shape), dtype, lambda: np.stack([a.read() for a in arrays]))
+    read = lambda: np.stack([a.read() for a in arrays])  # noqa: E731
+    return Lazy((len(arrays), *shape), dtype, read, tuple(arrays))
 
 
 _FUSED = re.compile(

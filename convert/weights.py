@@ -95,6 +95,9 @@ class Weights(ABC):
         Raises ``FormatError`` where the bytes are not there or the shape contradicts the config.
         """
 
+    def release(self) -> None:  # noqa: B027 - nothing to do where no file is mapped
+        """Give the memory of what was read back to the system; arrays stay valid."""
+
     @abstractmethod
     def close(self) -> None:
         """Let go of the file; arrays already loaded stay valid."""

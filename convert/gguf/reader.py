@@ -62,6 +62,12 @@ class GGUFFile:
         """
         return cls(_read_parts(Path(path)))
 
+    def release(self) -> None:
+        """Give the pages read so far back to the system; arrays stay valid, and read them again."""
+        for part in self._parts:
+            if isinstance(part.data, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                part.data.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Let go of the tensors; arrays already taken stay valid, and keep the file mapped."""
         self._parts = ()

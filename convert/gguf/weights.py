@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from rl_mlx.convert.gguf.names import gguf_names
 from rl_mlx.convert.gguf.reader import GGUFFile
 from rl_mlx.convert.gguf.repack import container, repack
 from rl_mlx.convert.gguf.rope import FREQS, LONGROPE
+from rl_mlx.convert.gguf.types import GGMLType
 from rl_mlx.convert.weights import Dense, FloatType, Tensor, Weights
 from rl_mlx.errors import FormatError
 
@@ -76,10 +78,8 @@ class GGUFWeights(Weights):
         raw = self._file.raw(source)
         if self._family.startswith("gemma") and name.endswith("norm.weight"):
             return Dense(block(info.type).decode(raw) - np.float32(1), "float32")
-        permuted = _PERMUTED.fullmatch(source) if self._interleaved else None
-        if permuted:
-            heads = "num_attention_heads" if permuted[1] == "q" else "num_key_value_heads"
-            raw = _half_split(raw.reshape(info.shape[0], -1), self.config[heads]).reshape(raw.shape)
+        if heads := self._permuted_heads(source):
+            raw = _half_split(raw.reshape(info.shape[0], -1), heads).reshape(raw.shape)
         if exact and not container(info.type, info.shape[-1]).exact:
             return Dense(block(info.type).decode(raw).reshape(self._expected[name]), "float32")
         tensor = repack(raw, info.type, scales)
@@ -87,9 +87,41 @@ class GGUFWeights(Weights):
             return Dense(tensor.array.reshape(self._expected[name]), tensor.dtype)
         return tensor
 
+    def type(self, name: str) -> GGMLType:
+        """The type that a tensor has in the file."""
+        return self._file.tensors[self._sources[name]].type
+
+    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Rows of a matrix as they lie in the file, uint8 ``[stop - start, row_bytes]``.
+
+        Their order is the canonical one; all axes but the last count as one.
+        """
+        source = self._sources[name]
+        raw = self._file.raw(source)
+        raw = raw.reshape(-1, raw.shape[-1])
+        if heads := self._permuted_heads(source):
+            order = _half_split(np.arange(len(raw))[:, None], heads)[:, 0]
+            taken: npt.NDArray[np.uint8] = raw[order[start:stop]]
+            return taken
+        return raw[start:stop]
+
+    def release(self) -> None:
+        """See ``Weights``."""
+        self._file.release()
+
     def close(self) -> None:
         """See ``Weights``."""
         self._file.close()
+
+    def _permuted_heads(self, source: str) -> int | None:
+        """How many heads have rows to be moved; None where rows are in order."""
+        match = _PERMUTED.fullmatch(source) if self._interleaved else None
+        if match is None:
+            return None
+        heads: int = self.config[
+            "num_attention_heads" if match[1] == "q" else "num_key_value_heads"
+        ]
+        return heads
 
     def _check(self) -> None:
         """Compare the tensors of the file with those that its metadata asks for."""
@@ -113,7 +145,7 @@ class GGUFWeights(Weights):
                 )
 
 
-def _half_split(rows: npt.NDArray[np.uint8], heads: int) -> npt.NDArray[np.uint8]:
+def _half_split(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
     """Rows ``[heads * dims, bytes]`` from pairs (0, 1), (2, 3) ... to (0, dims / 2) ...
 
     They are whole rows, so quantized ones are moved without being decoded.
