@@ -118,8 +118,7 @@ def parse_memory(text: int | str, total: int) -> int:
 
 
 def config_path(environ: Mapping[str, str] = os.environ) -> Path:
-    """``$RL_MLX_CONFIG``, else ``$XDG_CONFIG_HOME/rl-mlx/config.toml``, else below ``~/.config``.
-    """
+    """``$RL_MLX_CONFIG``, else ``$XDG_CONFIG_HOME/rl-mlx/config.toml``, else below ``~/.config``."""
     if "RL_MLX_CONFIG" in environ:
         return Path(environ["RL_MLX_CONFIG"])
     base = environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")

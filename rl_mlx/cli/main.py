@@ -38,10 +38,15 @@ class _Group(TyperGroup):
             sys.stdout.flush()
         except KeyboardInterrupt:
             return 130
-        except BrokenPipeError:  # `| head -1` has read all it wanted
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+        except BrokenPipeError:
+            return _hang_up()
         return code
+
+
+def _hang_up() -> int:
+    """The reader has all it wanted (``| head -1``): write no more, and be done."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 app = typer.Typer(
@@ -82,6 +87,8 @@ def main(arguments: Sequence[str]) -> int:
     rest = [a for a in arguments[:end] if a != "--debug"] + list(arguments[end:])
     try:
         code = get_command(app).main(rest or ["--help"], prog_name=NAME, standalone_mode=False)
+    except SystemExit:  # typer's answer to a reader of --help that is gone
+        return _hang_up()
     except UsageError as error:
         complain(_wrong_command(error))
         return 2
@@ -129,7 +136,12 @@ def run() -> NoReturn:
             stream.reconfigure(errors="replace")
     if "--debug" not in sys.argv:
         sys.excepthook = _bug
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    try:
+        sys.stdout.flush()  # what --help wrote
+    except BrokenPipeError:
+        code = _hang_up()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

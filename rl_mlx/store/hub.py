@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import cast
 from urllib.parse import unquote, urlsplit
 
@@ -116,7 +116,7 @@ def download(ref: HubRef) -> ModelFiles:
     network that fails.
     """
     # The hub's client costs 0.2 s, so it is imported only where it is used.
-    from huggingface_hub import HfApi, errors, snapshot_download  # noqa: PLC0415
+    from huggingface_hub import HfApi, errors  # noqa: PLC0415
 
     # httpx's in one release of the hub's client, another package's in the next
     network_error = cast("type[Exception]", errors.HfHubHTTPError.__bases__[0])
@@ -128,18 +128,15 @@ def download(ref: HubRef) -> ModelFiles:
         name, files = choose(sizes, ref)
         here = cache / f"models--{ref.repo.replace('/', '--')}" / "snapshots" / str(info.sha)
         _check_disk(sum(sizes[f] for f in files if not (here / f).exists()), cache, ref)
-        folder = snapshot_download(
-            ref.repo,
-            revision=ref.revision,
-            allow_patterns=[re.sub(r"([*?[])", r"[\1]", file) for file in files],
-            cache_dir=cache,
-            endpoint=endpoint,
-            library_name="rl-mlx",
-        )
+        # One after the other in this thread (each is fetched in parallel pieces): the pool that
+        # snapshot_download has would not let go at Ctrl-C. The branch is noted when all is here.
+        for file in files:
+            api.hf_hub_download(ref.repo, file, revision=info.sha, cache_dir=cache)
+        first = api.hf_hub_download(ref.repo, files[0], revision=ref.revision, cache_dir=cache)
     except (network_error, OSError, errors.HFValidationError) as error:
         raise _explain(error, ref, cache) from error
-    gguf = files[0].lower().endswith(".gguf")
-    return ModelFiles(name, Path(folder, PurePosixPath(files[0])) if gguf else Path(folder))
+    is_gguf = files[0].lower().endswith(".gguf")
+    return ModelFiles(name, Path(first) if is_gguf else Path(first).parent)
 
 
 def _check_disk(needed: int, cache: Path, ref: HubRef) -> None:

@@ -6,8 +6,12 @@ import hashlib
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +37,8 @@ class FakeHub(ThreadingHTTPServer):
         self.asked: list[tuple[str, str]] = []
         self.statuses: dict[str, tuple[int, str]] = {}
         self.cuts = 0
+        self.pause: threading.Event | None = None
+        self.paused = threading.Event()
 
     @property
     def url(self) -> str:
@@ -98,7 +104,12 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command == "HEAD":
+            return
+        if self.server.pause is not None and "ETag" in (headers or {}):
+            self.server.paused.set()
+            self.server.pause.wait(30)
+        with suppress(BrokenPipeError, ConnectionResetError):
             self.wfile.write(body)
 
 
@@ -207,6 +218,18 @@ def test_no_network(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)
     with pytest.raises(RlMlxError, match="fetching org/m failed"):
         resolve("org/m")
+
+
+def test_ctrl_c_ends_a_download_at_once(fake_hub: FakeHub) -> None:
+    fake_hub.repos["org/m"] = {"m-Q4_K_M.gguf": b"x" * 2000}
+    fake_hub.pause = threading.Event()
+    with subprocess.Popen(
+        [sys.executable, "-m", "rl_mlx.cli.main", "pull", "org/m"], stderr=subprocess.DEVNULL
+    ) as process:
+        assert fake_hub.paused.wait(20)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+    fake_hub.pause.set()
 
 
 @pytest.mark.parametrize(
