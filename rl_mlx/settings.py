@@ -1,6 +1,4 @@
-"""Settings as frozen dataclasses: flags over environment over ``config.toml`` over the defaults
-here.
-"""
+"""Settings as frozen dataclasses: flags over environment over ``config.toml`` over defaults."""
 
 from __future__ import annotations
 
@@ -98,9 +96,7 @@ _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def parse_memory(text: int | str, total: int) -> int:
-    """Bytes from ``8000000000``, ``"8GB"``, ``"8GiB"``, ``"8g"`` or a share of ``total`` as
-    ``"75%"``.
-    """
+    """Bytes from ``8000000000``, ``"8GB"``, ``"8GiB"``, ``"8g"``, or ``"75%"`` of ``total``."""
     if isinstance(text, int) and not isinstance(text, bool):
         size: float = text
     else:
@@ -118,7 +114,7 @@ def parse_memory(text: int | str, total: int) -> int:
 
 
 def config_path(environ: Mapping[str, str] = os.environ) -> Path:
-    """``$RL_MLX_CONFIG``, else ``$XDG_CONFIG_HOME/rl-mlx/config.toml``, else below ``~/.config``."""
+    """``$RL_MLX_CONFIG``, else ``rl-mlx/config.toml`` in ``$XDG_CONFIG_HOME`` or ``~/.config``."""
     if "RL_MLX_CONFIG" in environ:
         return Path(environ["RL_MLX_CONFIG"])
     base = environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")

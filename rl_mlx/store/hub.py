@@ -109,8 +109,7 @@ def choose(files: Iterable[str], ref: HubRef) -> tuple[str, list[str]]:
 
 
 def download(ref: HubRef) -> ModelFiles:
-    """Fetch a model with progress on stderr; what is here and unchanged is
-    not fetched.
+    """Fetch what is not here yet of a model, with progress on stderr.
 
     Raises ``ModelNotFound``, ``OutOfMemory`` where the disk is too small, ``RlMlxError`` for a
     network that fails.
