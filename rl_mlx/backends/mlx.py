@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from dataclasses import replace
@@ -14,17 +15,18 @@ import numpy.typing as npt
 
 from rl_mlx.backends.base import Backend, Emit, Stats, default_context
 from rl_mlx.backends.machine import memory_total
+from rl_mlx.cache.arena import Arena
+from rl_mlx.cache.governor import Governor, MLXDevice
 from rl_mlx.convert.open import open_weights
 from rl_mlx.convert.weights import FloatType, Weights
 from rl_mlx.engine.loop import Engine
 from rl_mlx.engine.runner import Model, Runner
 from rl_mlx.engine.scheduler import Scheduler
 from rl_mlx.engine.sequence import Sequence
-from rl_mlx.errors import ContextOverflow, InvalidRequest, OutOfMemory
+from rl_mlx.errors import ContextOverflow, InvalidRequest
 from rl_mlx.model.load import is_ours, load_decoder
-from rl_mlx.model.plan import KVSpec
 from rl_mlx.sample.seeds import fresh_seed
-from rl_mlx.settings import ModelSettings, parse_memory
+from rl_mlx.settings import DENSE_KV, KVFormat, ModelSettings, parse_memory
 from rl_mlx.store import ModelFiles
 from rl_mlx.types import ModelInfo, Request
 
@@ -32,43 +34,52 @@ CHUNK = 512
 """Prompt tokens read in one step."""
 MAX_ROWS = 32
 QUEUE_LIMIT = 1024
+RESERVED = 256
+"""Tokens of its answer that a request must have room for before it starts."""
 
 
 class MLXBackend(Backend):
     """A model on MLX behind the engine."""
 
-    def __init__(self, engine: Engine, info: ModelInfo) -> None:
+    def __init__(self, engine: Engine, info: ModelInfo, put_back: Callable[[], None]) -> None:
+        """``put_back`` undoes the limits that were set on the device."""
         self.info = info
         self._engine = engine
         # Joins the thread at interpreter exit too, before MLX is torn down under it.
-        self._finalizer = weakref.finalize(self, engine.close)
+        self._finalizer = weakref.finalize(self, _close, engine, put_back)
 
     @classmethod
     def open(cls, files: ModelFiles, settings: ModelSettings) -> MLXBackend:
         """Load a model. Raises ``OutOfMemory`` before reading weights that would not fit."""
         if settings.draft is not None:
             raise InvalidRequest("draft= is not available on the MLX backend yet; leave it out")
-        if settings.kv_bits is not None:
-            raise InvalidRequest("kv_bits= is not available on the MLX backend yet; leave it out")
         weights = open_weights(files.path)
-        info = _info(files, settings, weights)
-        if info.weight_bytes > info.memory_budget:
-            raise OutOfMemory(
-                f"{files.name} needs {info.weight_bytes / 1e9:.1f} GB for its weights alone; the "
-                f"budget is {info.memory_budget / 1e9:.1f} GB (set memory= or --memory, or take a "
-                "smaller quantization)"
+        device = MLXDevice(memory_total())
+        info = _info(files, settings, weights, device)
+        governor = Governor(device, info.memory_budget, info.weight_bytes, _scratch(info))
+        governor.check_weights(files.name)
+        kv = KVFormat.parse(settings.kv_bits)
+        if kv != DENSE_KV and not is_ours(weights.config):
+            raise InvalidRequest(
+                f"kv_bits= is not available for {info.architecture}, which runs through mlx-lm; "
+                "leave it out"
             )
-        loaded = Future[Model]()
+        kv_bytes = Future[int]()
 
         def start() -> tuple[Runner, Scheduler]:
             model = _load(weights, info, exact=settings.dtype == "float32")
             weights.close()
-            loaded.set_result(model)
-            return _engine_parts(model, info)
+            runner = Runner(model, governor, CHUNK, kv)
+            kv_bytes.set_result(_kv_bytes_per_token(runner.arena))
+            return runner, _scheduler(runner)
 
-        engine = Engine(start)
-        kv_bytes = _kv_bytes_per_token(loaded.result())
-        return cls(engine, replace(info, kv_bytes_per_token=kv_bytes))
+        put_back = governor.limit_device()
+        try:
+            engine = Engine(start)
+        except BaseException:
+            put_back()
+            raise
+        return cls(engine, replace(info, kv_bytes_per_token=kv_bytes.result()), put_back)
 
     def submit(self, request: Request, emit: Emit) -> None:
         """See ``Backend.submit``."""
@@ -119,7 +130,12 @@ class MLXBackend(Backend):
     def close(self) -> None:
         """See ``Backend.close``."""
         self._finalizer()
-        mx.clear_cache()
+
+
+def _close(engine: Engine, put_back: Callable[[], None]) -> None:
+    engine.close()
+    mx.clear_cache()
+    put_back()
 
 
 def _load(weights: Weights, info: ModelInfo, *, exact: bool) -> Model:
@@ -131,23 +147,26 @@ def _load(weights: Weights, info: ModelInfo, *, exact: bool) -> Model:
     return load_zoo(weights, dtype)
 
 
-def _engine_parts(model: Model, info: ModelInfo) -> tuple[Runner, Scheduler]:
-    runner = Runner(model, CHUNK)
-    room = info.memory_budget - info.weight_bytes
-    per_token = _kv_bytes_per_token(model)
-
+def _scheduler(runner: Runner) -> Scheduler:
     def admit(sequence: Sequence) -> bool:
+        """Room for what it begins with and for some of its answer; preemption sees to the rest."""
         rows, longest = runner.arena.rows, max(runner.arena.lengths, default=0)
-        tokens = max(longest, len(sequence.prompt) + sequence.limit)
-        return rows == 0 or (rows + 1) * tokens * per_token <= room
+        answer = min(sequence.limit - len(sequence.answer), RESERVED)
+        return rows == 0 or runner.make_room(rows + 1, max(longest, sequence.known + answer))
 
-    return runner, Scheduler(max_rows=MAX_ROWS, chunk=CHUNK, queue_limit=QUEUE_LIMIT, admit=admit)
+    return Scheduler(max_rows=MAX_ROWS, queue_limit=QUEUE_LIMIT, admit=admit)
 
 
-def _kv_bytes_per_token(model: Model) -> int:
-    """Bytes that layers without a window keep for each token."""
-    kept = (s for s in model.cache_specs if isinstance(s, KVSpec) and s.window is None)
-    return sum(s.heads * (s.key_dim + s.value_dim) for s in kept) * model.dtype.size
+def _scratch(info: ModelInfo) -> int:
+    """Bytes of activations of the largest step, generously: no layer is wider than 16 hiddens."""
+    item = 4 if info.dtype == "float32" else 2
+    logits = MAX_ROWS * info.vocab * 4 * 3
+    return 4 * CHUNK * 16 * info.hidden * item + logits
+
+
+def _kv_bytes_per_token(arena: Arena) -> int:
+    """Bytes that one more token takes in a long sequence."""
+    return (arena.bytes_for(1, 1 << 20) - arena.bytes_for(1, 1 << 19)) >> 19
 
 
 def _dtype(settings: ModelSettings, weights: Weights) -> FloatType:
@@ -162,7 +181,9 @@ def _dtype(settings: ModelSettings, weights: Weights) -> FloatType:
     return named if named in {"float16", "bfloat16"} else "float16"
 
 
-def _info(files: ModelFiles, settings: ModelSettings, weights: Weights) -> ModelInfo:
+def _info(
+    files: ModelFiles, settings: ModelSettings, weights: Weights, device: MLXDevice
+) -> ModelInfo:
     config = weights.config
     dtype = _dtype(settings, weights)
     item = 4 if dtype == "float32" else 2
@@ -172,7 +193,8 @@ def _info(files: ModelFiles, settings: ModelSettings, weights: Weights) -> Model
         size = weights.nbytes(name, exact=settings.dtype == "float32")
         parameters += count
         weight_bytes += count * item if size >= 2 * count else size  # dense ones in the dtype
-    device = mx.default_device()
+    capacity = device.capacity()
+    budget = parse_memory(settings.memory or int(capacity * device.share()), capacity)
     return ModelInfo(
         name=files.name,
         path=str(files.path),
@@ -184,9 +206,9 @@ def _info(files: ModelFiles, settings: ModelSettings, weights: Weights) -> Model
         hidden=int(config["hidden_size"]),
         layers=int(config["num_hidden_layers"]),
         backend="mlx",
-        device="CPU" if device == mx.Device(mx.cpu) else "GPU",
+        device=str(mx.device_info().get("device_name", mx.default_device())),
         dtype=dtype,
         weight_bytes=weight_bytes,
         kv_bytes_per_token=0,
-        memory_budget=parse_memory(settings.memory or "75%", memory_total()),
+        memory_budget=budget,
     )

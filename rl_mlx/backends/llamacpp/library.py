@@ -84,11 +84,11 @@ class Batch(Structure):
     ]  # fmt: skip
 
 
-_LogCallback = CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
+LogCallback = CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
 
 # name -> (result, *arguments)
 _PROTOTYPES: dict[str, tuple[Any, ...]] = {
-    "llama_log_set": (None, _LogCallback, c_void_p),
+    "llama_log_set": (None, LogCallback, c_void_p),
     "llama_backend_init": (None,),
     "llama_numa_init": (None, c_int32),
     "llama_print_system_info": (c_char_p,),
@@ -156,7 +156,7 @@ class Library:
         for name, (result, *arguments) in _PROTOTYPES.items():
             function = getattr(self.api, name)
             function.restype, function.argtypes = result, arguments
-        self._callback = _LogCallback(self._on_log)  # held: the library keeps only the address
+        self._callback = LogCallback(self._on_log)  # held: the library keeps only the address
         self.api.llama_log_set(self._callback, None)
         self._check_layouts()
         self.api.llama_backend_init()
