@@ -227,7 +227,4 @@ def end_note(reply: Reply, conversation: Conversation, context: int) -> str | No
     if limit is not None and reply.usage.completion_tokens >= limit:
         where = "while still reasoning " if not reply.text else ""
         return f"(stopped {where}at max_tokens {limit})"
-    return (
-        f"(stopped: the context of {context} tokens is full; /drop forgets the oldest turn, "
-        "/clear all, --context N at the start makes room)"
-    )
+    return f"(stopped: the context of {context} tokens is full)"
