@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from rl_mlx.llm import LLM
 
 
+_ROOM = "/drop forgets the oldest turn, /clear all; --context N at the start makes room"
+
+
 class Editor(Protocol):
     """Where messages come from; ``LineEditor`` in a terminal."""
 
@@ -121,9 +124,7 @@ class Session:
             except ContextOverflow as error:
                 editor.offer(text)
                 complain(f"{error}")
-                note(
-                    "/drop forgets the oldest turn, /clear all; --context N at the start makes room"
-                )
+                note(_ROOM)
             except KeyboardInterrupt:  # a second one, while the first was being dealt with
                 note("(stopped)")
             except (RlMlxError, OSError) as error:
@@ -158,6 +159,8 @@ class Session:
             self._last = reply
         if note_on_end := end_note(reply, self.conversation, self._llm.info.context):
             note(note_on_end)
+        if reply.usage is not None and reply.usage.total_tokens >= self._llm.info.context:
+            note(_ROOM)
         if self._stats and reply.timings is not None:
             note(speed(reply.timings))
         print()
