@@ -1,15 +1,16 @@
 """The exception tree. Each error is one clear line, knows its HTTP status and its exit code.
 
-RlMlxError ├── InvalidRequest        400  the caller asked for something that cannot be done (also a
-ValueError) │   └── ContextOverflow   400  prompt plus answer would not fit the model's context ├──
-ModelNotFound         404  no such file, folder, or model in any store (also a FileNotFoundError)
-├── FormatError           422  a file is damaged, hostile, or not what it claims to be ├──
-UnsupportedModel      501  a well-formed model of an architecture or tensor type that nobody here
-runs ├── DestinationExists     409  a file or folder is in the way (also a FileExistsError) ├──
-BackendUnavailable    503  a backend is not installed or cannot work on this machine ├── OutOfMemory
-507  the memory budget (or the disk) would be passed (also a MemoryError) ├── QueueFull
-429  too many requests are waiting already └── EngineError           500  generation failed; the
-message says where
+RlMlxError
+├── InvalidRequest        400  something that cannot be done was asked for (a ValueError)
+│   └── ContextOverflow   400  prompt plus answer would not fit the model's context
+├── ModelNotFound         404  no such file, folder or model in any store (a FileNotFoundError)
+├── FormatError           422  a file is damaged, hostile, or not what it claims to be
+├── UnsupportedModel      501  well-formed, but of an architecture or tensor type nobody here runs
+├── DestinationExists     409  a file or folder is in the way (a FileExistsError)
+├── BackendUnavailable    503  a backend is not installed or cannot work on this machine
+├── OutOfMemory           507  the memory budget (or the disk) would be passed (a MemoryError)
+├── QueueFull             429  too many requests are waiting already
+└── EngineError           500  generation failed; the message says where
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ class Timings:
 
     ``queued``: submission to the first prefill step. ``prefill``: from then to the first token.
     ``decode``: from the first token to the last. ``reused`` prompt tokens came from a prefix
-    already in the cache.
+    already in the cache; ``prefix_broke`` is the first one that was not known there, if one was not.
     """
 
     queued: float = 0.0
@@ -175,6 +175,7 @@ class Timings:
     decode: float = 0.0
     prompt_tokens: int = 0
     reused: int = 0
+    prefix_broke: int | None = None
     generated: int = 0
     forwards: int = 0
     drafted: int = 0

@@ -34,8 +34,6 @@ CHUNK = 512
 """Prompt tokens read in one step."""
 MAX_ROWS = 32
 QUEUE_LIMIT = 1024
-RESERVED = 256
-"""Tokens of its answer that a request must have room for before it starts."""
 
 
 class MLXBackend(Backend):
@@ -71,7 +69,9 @@ class MLXBackend(Backend):
             weights.close()
             runner = Runner(model, governor, CHUNK, kv)
             kv_bytes.set_result(_kv_bytes_per_token(runner.arena))
-            return runner, _scheduler(runner)
+            return runner, Scheduler(
+                max_rows=MAX_ROWS, queue_limit=QUEUE_LIMIT, admit=runner.admits
+            )
 
         put_back = governor.limit_device()
         try:
@@ -145,16 +145,6 @@ def _load(weights: Weights, info: ModelInfo, *, exact: bool) -> Model:
     from rl_mlx.model.zoo import load_zoo  # noqa: PLC0415  (slow to import)
 
     return load_zoo(weights, dtype)
-
-
-def _scheduler(runner: Runner) -> Scheduler:
-    def admit(sequence: Sequence) -> bool:
-        """Room for what it begins with and for some of its answer; preemption sees to the rest."""
-        rows, longest = runner.arena.rows, max(runner.arena.lengths, default=0)
-        answer = min(sequence.limit - len(sequence.answer), RESERVED)
-        return rows == 0 or runner.make_room(rows + 1, max(longest, sequence.known + answer))
-
-    return Scheduler(max_rows=MAX_ROWS, queue_limit=QUEUE_LIMIT, admit=admit)
 
 
 def _scratch(info: ModelInfo) -> int:

@@ -71,6 +71,7 @@ class Arena:
         self._kv = kv
         self._layers = self._empty()
         self._recent: tuple[int, Sequence[int]] = (0, ())
+        self._reserved = (0, 0)
 
     def _empty(self) -> list[KVLayer | StateLayer]:
         return [
@@ -96,12 +97,16 @@ class Arena:
         return any(isinstance(layer, StateLayer) for layer in self._layers)
 
     def bytes_for(self, rows: int, length: int) -> int:
-        """Bytes that this arena takes once it has ``rows`` rows of up to ``length`` tokens."""
-        length = _grown(length)
+        """Bytes that this arena takes once it has had ``rows`` rows of up to ``length`` tokens."""
+        rows, length = max(rows, self._reserved[0]), max(_grown(length), self._reserved[1])
         return sum(
             layer.bytes_for(rows, length) if isinstance(layer, KVLayer) else layer.bytes_for(rows)
             for layer in self._layers
         )
+
+    def covers(self, rows: int, length: int) -> bool:
+        """Whether a step that takes rows to ``length`` tokens needs no more memory."""
+        return rows <= self._reserved[0] and length <= self._reserved[1]
 
     def arrays(self) -> list[mx.array]:
         """All arrays held, for evaluation."""
@@ -114,8 +119,7 @@ class Arena:
             if isinstance(layer, StateLayer):
                 layer.grow(self.rows)
                 layer.clear_row(self.rows - 1)
-            else:
-                layer.grow(self.rows, 0)
+        self._grow(self._reserved[1])
         return self.rows - 1
 
     def copy_row(self, source: int, target: int) -> None:
@@ -130,6 +134,7 @@ class Arena:
         self.lengths.pop()
         if not self.lengths:
             self._layers = self._empty()
+            self._reserved = (0, 0)
 
     def begin(self, start: int, stop: int, count: int) -> ArenaStep:
         """A step of ``count`` new tokens for each of the rows ``start .. stop - 1``."""
@@ -146,6 +151,17 @@ class Arena:
         for layer in self._layers:
             if isinstance(layer, StateLayer):
                 layer.commit(start, counts)
+
+    def shrink(self) -> None:
+        """Give back what the rows in use do not need."""
+        self._reserved = self.rows, _grown(max(self.lengths, default=0))
+        for layer in self._layers:
+            layer.shrink(*self._reserved)
+        mx.eval(self.arrays())
+
+    def piece_bytes(self, tokens: int) -> int:
+        """Bytes that a piece of so many tokens takes."""
+        return sum(layer.piece_bytes(tokens) for layer in self._layers)
 
     def take(self, row: int, first: int, last: int) -> Piece:
         """Copy the tokens ``first .. last - 1`` of a row out; the row keeps them."""
@@ -184,9 +200,13 @@ class Arena:
         self.lengths[row] = total
 
     def _grow(self, length: int) -> None:
+        if self.covers(self.rows, length):
+            return
+        rows, most = self._reserved
+        self._reserved = max(rows, self.rows), max(most, _grown(length))
         for layer in self._layers:
             if isinstance(layer, KVLayer):
-                layer.grow(self.rows, _grown(length))
+                layer.grow(*self._reserved)
 
     def _state(self, layer: StateLayer, row: int, position: int) -> mx.array | None:
         """A recurrent layer's state at ``position``, where it is now or passed in the last step."""

@@ -38,6 +38,14 @@ class Ring:
             widths = [(0, more[0]), (0, 0), (0, more[1]), (0, 0)]
             self.planes = [mx.pad(p, widths) for p in self.planes]
 
+    def shrink(self, slots: int, capacity: int) -> None:
+        """Keep no more than this."""
+        self.planes = [mx.contiguous(p[:slots, :, :capacity]) for p in self.planes]
+
+    def token_bytes(self) -> int:
+        """Bytes of one token in one row."""
+        return sum(p.shape[1] * p.shape[3] * p.dtype.size for p in self.planes)
+
     def write(self, start: int, offsets: Sequence[int], x: mx.array) -> None:
         """Put ``[B, heads, S, D]`` into rows ``start ...`` at each row's offset."""
         self.put(start, offsets, self.codec.encode(x))
@@ -127,10 +135,21 @@ class KVLayer:
     def bytes_for(self, slots: int, length: int) -> int:
         """Bytes that ``slots`` rows of ``length`` tokens take."""
         capacity = max(self.capacity, self.capacity_for(length))
-        a_token = [p.shape[1] * p.shape[3] * p.dtype.size for p in self._main()]
         head = self._start + 1 if self._start else 0
-        a_head = [p.shape[1] * p.shape[3] * p.dtype.size for r in self._head for p in r.planes]
-        return slots * (capacity * sum(a_token) + head * sum(a_head))
+        a_head = sum(ring.token_bytes() for ring in self._head)
+        return slots * (capacity * self.piece_bytes(1) + head * a_head)
+
+    def piece_bytes(self, tokens: int) -> int:
+        """Bytes of the keys and values of so many tokens."""
+        return tokens * (self.keys.token_bytes() + self.values.token_bytes())
+
+    def shrink(self, slots: int, length: int) -> None:
+        """Give back all but ``slots`` rows of ``length``; a ring that turns keeps its size."""
+        capacity = self.capacity if self.capacity == self._most else self.capacity_for(length)
+        self.keys.shrink(slots, capacity)
+        self.values.shrink(slots, capacity)
+        for ring in self._head:
+            ring.shrink(slots, ring.capacity)
 
     def grow(self, slots: int, length: int) -> None:
         """Make room for ``slots`` rows of ``length`` tokens."""
@@ -221,9 +240,6 @@ class KVLayer:
         """All that is held."""
         return [p for ring in (self.keys, self.values, *self._head) for p in ring.planes]
 
-    def _main(self) -> list[mx.array]:
-        return [*self.keys.planes, *self.values.planes]
-
 
 def _grouped(planes: Planes) -> Planes:
     """With an axis for the query heads that share a key head."""
@@ -241,6 +257,14 @@ class StateLayer:
     def bytes_for(self, slots: int) -> int:
         """Bytes that ``slots`` rows take."""
         return slots * (self.spec.taps - 1) * self.spec.width * self.state.dtype.size
+
+    def piece_bytes(self, tokens: int) -> int:  # noqa: ARG002  (a state has no length)
+        """Bytes of a row's state."""
+        return self.bytes_for(1)
+
+    def shrink(self, slots: int, length: int) -> None:  # noqa: ARG002  (a state has no length)
+        """Give back all but ``slots`` rows."""
+        self.state = mx.contiguous(self.state[:slots])
 
     def grow(self, slots: int) -> None:
         """Make room for ``slots`` rows."""

@@ -19,11 +19,15 @@ from typing import Any, TypeVar
 from rl_mlx.engine.runner import Runner
 from rl_mlx.engine.scheduler import Decode, Prefill, Scheduler
 from rl_mlx.engine.sequence import Sequence
-from rl_mlx.errors import EngineError, QueueFull, RlMlxError
+from rl_mlx.errors import EngineError, OutOfMemory, QueueFull, RlMlxError
 from rl_mlx.sample.sampler import Sampled
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+_TOO_SMALL = OutOfMemory(
+    "the memory budget cannot hold this request's KV cache; set a larger one, use kv_bits, or "
+    "shorten the request"
+)
 
 
 @dataclass(frozen=True)
@@ -153,14 +157,22 @@ class Engine:
             self._collect()
 
     def _prefill(self, work: Prefill) -> None:
-        sequence = work.sequence
+        sequence, runner = work.sequence, self._runner
         sequence.started = sequence.started or time.perf_counter()
-        self._runner.prefill(sequence, work.count)
+        if sequence.row is None:
+            if not self._make_room(runner.arena.rows + 1, sequence.known, sequence):
+                return
+            runner.enter(sequence)
+        if not self._make_room(runner.arena.rows, runner.next_length(sequence), sequence):
+            return
+        runner.prefill(sequence)
         self._collect()
-        sequence.progress()
+        if not sequence.answer:
+            sequence.progress()
         if sequence.prefilled:
             self._scheduler.prefilled()
-            self._read(_Step((sequence,), self._runner.first(sequence)))
+            self._read(_Step((sequence,), runner.first(sequence)))
+        runner.save(sequence, tail=sequence.is_running)
 
     def _decode(self, work: Decode) -> None:
         pending = self._pending
@@ -169,10 +181,30 @@ class Engine:
         ):
             self._collect()  # its tokens decide what is to run: plan again
             return
+        runner = self._runner
+        longest = max(runner.arena.lengths[: len(work.batch)])
+        if not self._make_room(runner.arena.rows, longest + 1, work.batch[-1]):
+            return
         inputs = None if pending is None else pending.sampled.tokens
-        step = _Step(work.batch, self._runner.decode(work.batch, inputs))
+        step = _Step(work.batch, runner.decode(work.batch, inputs))
         self._collect()
         self._pending = step
+
+    def _make_room(self, rows: int, length: int, sequence: Sequence) -> bool:
+        """Whether memory is there for the next step; if not, one sequence has given way for it.
+
+        Where none can, the request of ``sequence`` fails.
+        """
+        if self._runner.make_room(rows, length):
+            return True
+        self._collect()
+        victim = self._scheduler.victim()
+        if victim is not None:
+            self._runner.leave(victim)
+            self._scheduler.preempt(victim)
+        elif not sequence.done:
+            self._end(sequence, lambda s: s.fail(_TOO_SMALL))
+        return False
 
     def _collect(self) -> None:
         """Read the step under way, if there is one, and hand its tokens out."""
@@ -187,6 +219,8 @@ class Engine:
             sequence.take(token, logprob)
             if sequence.done:
                 self._forget(sequence)
+            else:
+                self._runner.save(sequence)
 
     def _end(self, sequence: Sequence, how: Callable[[Sequence], Any]) -> None:
         how(sequence)
@@ -198,7 +232,7 @@ class Engine:
         """
         self._scheduler.remove(sequence)
         self._sequences.pop(sequence.request.id, None)
-        self._runner.release(sequence)
+        self._runner.leave(sequence)
 
     def _fail_running(self, error: Exception) -> None:
         """A step failed: those in it fail with its error, those waiting go on."""

@@ -9,11 +9,17 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from rl_mlx.cache.arena import Arena
+from rl_mlx.cache.arena import Arena, Piece
+from rl_mlx.cache.governor import Governor
+from rl_mlx.cache.prefix import BLOCK, PrefixTree
 from rl_mlx.engine.sequence import Sequence
 from rl_mlx.model.plan import CacheSpec
 from rl_mlx.model.step import Step
 from rl_mlx.sample.sampler import Row, Sampled, Sampler
+from rl_mlx.settings import DENSE_KV, KVFormat
+
+RESERVED = 256
+"""Tokens of its answer that every sequence must have room for before another one starts."""
 
 
 class Model(Protocol):
@@ -33,37 +39,98 @@ class Model(Protocol):
 
 
 class Runner:
-    """The device side of the engine. Running sequences own rows ``0 ..``; the one being prefilled
-    the last.
+    """The device side of the engine.
+
+    Running sequences own the rows ``0 ..``, the one being prefilled the last one. ``chunk`` prompt
+    tokens are read in a step, a multiple of the prefix tree's blocks.
     """
 
-    def __init__(self, model: Model, chunk: int) -> None:
+    def __init__(
+        self, model: Model, governor: Governor, chunk: int = 512, kv: KVFormat = DENSE_KV
+    ) -> None:
+        assert chunk % BLOCK == 0, "a chunk is whole blocks"
         self._model = model
+        self._governor = governor
         self._chunk = chunk
-        self._sampling: tuple[tuple[Sequence, ...], Sampler] | None = None
+        self._kv = kv
         self._owners: list[Sequence] = []
+        self._sampling: tuple[tuple[Sequence, ...], Sampler] | None = None
+        self.tree: PrefixTree[Piece] = PrefixTree()
         self.arena = self._new_arena()
 
     def _new_arena(self) -> Arena:
-        return Arena(self._model.cache_specs, self._model.dtype, self._chunk)
+        return Arena(self._model.cache_specs, self._model.dtype, self._chunk, self._kv)
 
-    def prefill(self, sequence: Sequence, count: int) -> None:
-        """Start reading ``count`` more prompt tokens; waits for nothing."""
-        if sequence.row is None:
-            sequence.row = self.arena.add_row()
-            self._owners.append(sequence)
-        row = sequence.row
-        tokens = mx.array(sequence.prompt[sequence.cached : sequence.cached + count])[None]
-        self._hidden = self._model.forward(tokens, self.arena.begin(row, row + 1, count))
-        self.arena.advance(row, [count])
-        sequence.cached += count
+    def make_room(self, rows: int, length: int) -> bool:
+        """Whether ``rows`` rows of up to ``length`` tokens fit; evicts prefixes to that end."""
+        arena = self.arena
+        if arena.covers(rows, length):
+            return True
+        for give_back in (False, True):  # moving the arena is the last resort
+            if give_back:
+                arena.shrink()
+            needed = arena.bytes_for(rows, length)
+            if self._governor.make_room(needed, self.tree.nbytes, self._evict):
+                return True
+        return False
+
+    def _evict(self, limit: int) -> int:
+        self.tree.evict(limit)
+        return self.tree.nbytes
+
+    def admits(self, sequence: Sequence) -> bool:
+        """Whether there is room for one more row, and for some of every answer that goes on.
+
+        Preemption sees to the rest; without that much, a newcomer would be thrown out at once.
+        """
+        if not self._owners:
+            return True
+        ahead = [
+            s.known + min(RESERVED, s.limit - len(s.answer)) for s in [*self._owners, sequence]
+        ]
+        return self.make_room(self.arena.rows + 1, max(ahead))
+
+    def next_length(self, sequence: Sequence) -> int:
+        """Tokens in the row of a sequence being prefilled, after its next chunk."""
+        # Chunks end where blocks do: a sliding window would else lose a block before it is saved.
+        chunk = self._chunk - sequence.cached % BLOCK
+        return min(sequence.cached + chunk, sequence.known)
+
+    def enter(self, sequence: Sequence) -> None:
+        """Give a sequence a row, and start it with what the prefix tree knows of its tokens."""
+        row = sequence.row = self.arena.add_row()
+        self._owners.append(sequence)
+        tokens = sequence.tokens(
+            0, sequence.known - 1
+        )  # the last one is always run, for its logits
+        wants_state = self.arena.is_recurrent
+        path = self.tree.match(tokens, _has_state if wants_state else None)
+        pieces = [(node.piece, count) for node, count in path if node.piece is not None]
+        if pieces:
+            self.arena.put(row, pieces)
+        sequence.cached = sum(count for _, count in pieces)
+        if not sequence.answer:
+            sequence.reused = sequence.cached
+            sequence.broke = sequence.cached if sequence.cached < len(tokens) else None
+        whole = [node for node, count in path if count == self.tree.block]
+        sequence.node = whole[-1] if whole else self.tree.root
+        self.tree.pin(sequence.node)
+
+    def prefill(self, sequence: Sequence) -> None:
+        """Start reading the next chunk; waits for nothing."""
+        assert sequence.row is not None, "prefill without a row"
+        row, first, last = sequence.row, sequence.cached, self.next_length(sequence)
+        tokens = mx.array(sequence.tokens(first, last))[None]
+        step = self.arena.begin(row, row + 1, last - first)
+        self._hidden = self._model.forward(tokens, step)
+        self.arena.advance(row, [last - first])
+        sequence.cached = last
         sequence.forwards += 1
         mx.async_eval(*self.arena.arrays())  # type: ignore[no-untyped-call]
 
     def first(self, sequence: Sequence) -> Sampled:
-        """The answer's first token, from the last chunk's last position."""
-        logits = self._model.head(self._hidden[:, -1])
-        return self._sample((sequence,), logits)
+        """The next token after a prefill, from its last position."""
+        return self._sample((sequence,), self._model.head(self._hidden[:, -1]))
 
     def decode(self, batch: tuple[Sequence, ...], inputs: mx.array | None) -> Sampled:
         """Start one more token each; ``inputs`` are their last tokens if still on the device."""
@@ -80,15 +147,47 @@ class Runner:
         """Whether sampling for this batch has to see all earlier tokens on the host."""
         return self._sampler(batch).needs_tokens
 
-    def release(self, sequence: Sequence) -> None:
-        """Give a sequence's row back. Rows stay without gaps, the running ones before the one being
-        prefilled.
-        """
+    def save(self, sequence: Sequence, *, tail: bool = False) -> None:
+        """Put what was computed into the prefix tree: whole blocks, and with ``tail`` the rest."""
+        if sequence.row is None:
+            return
+        known = min(sequence.cached, sequence.known)
+        while sequence.node.end + self.tree.block <= known:
+            if not self._save(sequence, sequence.node.end + self.tree.block):
+                return
+        rest = sequence.tokens(sequence.node.end, known)
+        if tail and rest and not self.tree.covers(sequence.node, rest) and self._keeps(len(rest)):
+            first = sequence.node.end
+            self.tree.add(sequence.node, rest, self.arena.take(sequence.row, first, known))
+
+    def _keeps(self, tokens: int) -> bool:
+        """Whether there is room in the tree for so many more."""
+        needed = self.arena.nbytes + self.arena.piece_bytes(tokens)
+        return self._governor.make_room(needed, self.tree.nbytes, self._evict)
+
+    def _save(self, sequence: Sequence, last: int) -> bool:
+        """One whole block, on whose node the sequence stands from now on; False without room."""
+        assert sequence.row is not None, "saving without a row"
+        node, first = sequence.node, sequence.node.end
+        tokens = sequence.tokens(first, last)
+        child = self.tree.find(node, tokens)
+        if child is None:
+            if not self._keeps(last - first):
+                return False
+            child = self.tree.add(node, tokens, self.arena.take(sequence.row, first, last))
+        self.tree.pin(child)
+        self.tree.unpin(node)
+        sequence.node = child
+        return True
+
+    def leave(self, sequence: Sequence) -> None:
+        """Give the row back, its tokens to the tree. Rows stay without gaps, running ones first."""
+        self.save(sequence, tail=True)
         hole, owners = sequence.row, self._owners
         if hole is None:
             return
         last = len(owners) - 1
-        last_running = last if owners[last].prefilled else last - 1
+        last_running = last if owners[last].is_running else last - 1
         for source in (last_running, last):
             if source > hole:
                 self.arena.copy_row(source, hole)
@@ -97,15 +196,21 @@ class Runner:
                 hole = source
         owners.pop()
         self.arena.drop_row()
-        sequence.row = None
+        self._forget(sequence)
+        self._governor.make_room(self.arena.nbytes, self.tree.nbytes, self._evict)
 
     def reset(self) -> None:
         """Drop all rows: what is in them cannot be trusted any more."""
         for owner in self._owners:
-            owner.row = None
+            self._forget(owner)
         self._owners = []
         self._sampling = None
         self.arena = self._new_arena()
+
+    def _forget(self, sequence: Sequence) -> None:
+        self.tree.unpin(sequence.node)
+        sequence.row = sequence.node = None
+        sequence.cached = 0
 
     def _sampler(self, batch: tuple[Sequence, ...]) -> Sampler:
         if self._sampling is None or self._sampling[0] != batch:
@@ -144,3 +249,7 @@ class Runner:
             for i in range(0, len(ids), self._chunk)
         ]
         return np.concatenate(chunks)
+
+
+def _has_state(piece: Piece) -> bool:
+    return piece.has_state

@@ -1,5 +1,4 @@
-"""What runs next: continuous batching with chunked prefill. Pure Python: it sees neither tensors
-nor tokens.
+"""What runs next: continuous batching with chunked prefill. Pure Python: it sees no tensors.
 
 First come, first served, higher ``priority`` first. Prefill chunks and decode steps take turns, so
 that a running stream never waits longer than one chunk for its next token.
@@ -16,10 +15,9 @@ from rl_mlx.errors import QueueFull
 
 @dataclass(frozen=True)
 class Prefill:
-    """Read the next ``count`` prompt tokens of ``sequence``."""
+    """Read a chunk more of what ``sequence`` begins with."""
 
     sequence: Sequence
-    count: int
 
 
 @dataclass(frozen=True)
@@ -36,18 +34,16 @@ class Scheduler:
     """Sequences wait, are prefilled one at a time, then run together until they are done.
 
     At most ``max_rows`` are in the cache at once and at most ``queue_limit`` wait.
-    ``admit(sequence)`` is asked before a waiting one gets a row, and says whether there is memory
-    for it.
+    ``admit(sequence)`` is asked before a waiting one gets a row: is there memory for it?
     """
 
     def __init__(
-        self, *, max_rows: int, chunk: int, queue_limit: int, admit: Callable[[Sequence], bool]
+        self, *, max_rows: int, queue_limit: int, admit: Callable[[Sequence], bool]
     ) -> None:
         self.waiting: list[Sequence] = []
         self.prefilling: Sequence | None = None
         self.running: list[Sequence] = []
         self._max_rows = max_rows
-        self._chunk = chunk
         self._queue_limit = queue_limit
         self._admit = admit
         self._decoded_last = True
@@ -61,28 +57,36 @@ class Scheduler:
         """Queue a sequence behind its equals. Raises ``QueueFull``."""
         if len(self.waiting) >= self._queue_limit:
             raise QueueFull(f"{self._queue_limit} requests are waiting already; try again later")
-        priority = sequence.request.priority
-        place = len(self.waiting)
-        while place and self.waiting[place - 1].request.priority < priority:
-            place -= 1
-        self.waiting.insert(place, sequence)
+        self._insert(sequence)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Back to waiting, in the place that its priority and its age give it."""
+        self.remove(sequence)
+        sequence.is_running = False
+        self._insert(sequence)
+
+    def victim(self) -> Sequence | None:
+        """Who gives way when memory runs out: of the least urgent the last; None if one is left."""
+        active = [*self.running, *([self.prefilling] if self.prefilling else [])]
+        if len(active) < 2:
+            return None
+        return min(active, key=lambda s: (s.request.priority, -s.submitted))
 
     def plan(self) -> Work | None:
         """The next step, or None where there is nothing to start now."""
-        batch = tuple(
-            sorted((s for s in self.running if not s.saturated), key=lambda s: s.row or 0)
-        )
-        prefill = self.prefilling or (self._next() if self._decoded_last or not batch else None)
-        if prefill is not None and (self._decoded_last or not batch):
-            self.prefilling = prefill
-            self._decoded_last = False
-            return Prefill(prefill, min(self._chunk, len(prefill.prompt) - prefill.cached))
+        batch = [s for s in self.running if not s.saturated]
+        if self._decoded_last or not batch:
+            self.prefilling = self.prefilling or self._next()
+            if self.prefilling is not None:
+                self._decoded_last = False
+                return Prefill(self.prefilling)
         self._decoded_last = True
-        return Decode(batch) if batch else None
+        return Decode(tuple(sorted(batch, key=lambda s: s.row or 0))) if batch else None
 
     def prefilled(self) -> None:
-        """The prompt being read is read: its sequence runs now."""
+        """What was being read is read: its sequence runs now."""
         assert self.prefilling is not None, "nothing is being prefilled"
+        self.prefilling.is_running = True
         self.running.append(self.prefilling)
         self.prefilling = None
 
@@ -97,6 +101,17 @@ class Scheduler:
     def everything(self) -> list[Sequence]:
         """All sequences, wherever they are."""
         return [*self.running, *([self.prefilling] if self.prefilling else []), *self.waiting]
+
+    def _insert(self, sequence: Sequence) -> None:
+        """By priority, then by age."""
+
+        def urgency(s: Sequence) -> tuple[int, float]:
+            return -s.request.priority, s.submitted
+
+        place = len(self.waiting)
+        while place and urgency(self.waiting[place - 1]) > urgency(sequence):
+            place -= 1
+        self.waiting.insert(place, sequence)
 
     def _next(self) -> Sequence | None:
         """The first waiting sequence, if a row and the memory for it are free."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from rl_mlx.errors import RlMlxError
 from rl_mlx.types import (
@@ -25,6 +26,8 @@ class Sequence:
     """``cached`` tokens of prompt and answer are in the cache; ``in_flight`` more are being made.
 
     ``limit`` is the most tokens the answer may have. ``row`` is the arena's, None while waiting.
+    ``reused`` tokens of the prompt came from the prefix tree, ``node`` is where in it the sequence
+    stands, and ``broke`` the first token of the prompt that the tree did not know.
     """
 
     request: Request
@@ -35,7 +38,11 @@ class Sequence:
     cached: int = 0
     in_flight: int = 0
     row: int | None = None
+    is_running: bool = False
     done: bool = False
+    reused: int = 0
+    broke: int | None = None
+    node: Any = None
     submitted: float = field(default_factory=time.perf_counter)
     started: float | None = None
     first: float | None = None
@@ -48,9 +55,21 @@ class Sequence:
         return self.request.prompt
 
     @property
+    def known(self) -> int:
+        """Tokens of prompt and answer so far."""
+        return len(self.prompt) + len(self.answer)
+
+    def tokens(self, first: int, last: int) -> tuple[int, ...]:
+        """Tokens ``first .. last - 1`` of prompt and answer."""
+        split = len(self.prompt)
+        if last <= split:
+            return self.prompt[first:last]
+        return (*self.prompt[first:], *self.answer[max(0, first - split) : last - split])
+
+    @property
     def prefilled(self) -> bool:
-        """Whether the whole prompt is in the cache."""
-        return self.cached >= len(self.prompt)
+        """Whether all that is known is in the cache, so that the next token can be made."""
+        return self.cached >= self.known
 
     @property
     def saturated(self) -> bool:
@@ -101,6 +120,8 @@ class Sequence:
             prefill=first - started,
             decode=(self.last or first) - first,
             prompt_tokens=len(self.prompt),
+            reused=self.reused,
+            prefix_broke=self.broke,
             generated=len(self.answer),
             forwards=self.forwards,
         )

@@ -41,6 +41,10 @@ class DenseMatrix:
         weights = [self.weight, *(o.weight for o in others)]
         return DenseMatrix(mx.concatenate(weights, axis=-2))
 
+    def arrays(self) -> list[mx.array]:
+        """All that is held."""
+        return [self.weight]
+
     @property
     def out(self) -> int:
         """Rows."""
@@ -95,6 +99,10 @@ class QuantizedMatrix:
             *self._container[:3],
         )
 
+    def arrays(self) -> list[mx.array]:
+        """All that is held."""
+        return [self.weight, self.scales, *([] if self.biases is None else [self.biases])]
+
     @property
     def _container(self) -> tuple[int, int, Mode, mx.Dtype, bool]:
         return self.group_size, self.bits, self.mode, self.scales.dtype, self.biases is None
@@ -134,6 +142,7 @@ class FusedLinear:
         sizes = [p.matrix.out for p in parts]
         self._cuts = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
         self._parts = [Linear(joined, mx.concatenate(biases, axis=-1) if biases else None)]
+        mx.eval(*joined.arrays(), *([] if not biases else [self._parts[0].bias]))
 
     def __call__(self, x: mx.array) -> list[mx.array]:
         """One output for each part."""

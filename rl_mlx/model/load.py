@@ -120,13 +120,13 @@ class _Builder:
         norms = None
         if plan.qk_norm:
             norms = self._norm(at + names.q_norm), self._norm(at + names.k_norm)
-        sinks = self._array(f"{at}sinks").astype(self._dtype) if plan.sinks else None
+        sinks = self._small(f"{at}sinks") if plan.sinks else None
         out = self._linear(at + names.out, plan.out_bias)
         return Attention(index, plan, qkv, out, rope, norms, sinks)
 
     def _conv(self, index: int, at: str, plan: ConvPlan) -> ShortConv:
-        kernel = self._array(f"{at}conv.weight").astype(self._dtype)
-        bias = self._array(f"{at}conv.bias").astype(self._dtype) if plan.bias else None
+        kernel = self._small(f"{at}conv.weight")
+        bias = self._small(f"{at}conv.bias") if plan.bias else None
         project = self._linear(f"{at}in_proj", plan.bias)
         return ShortConv(index, project, kernel, bias, self._linear(f"{at}out_proj", plan.bias))
 
@@ -150,16 +150,16 @@ class _Builder:
         return MoE(plan, router, *parts)
 
     def _expert(self, name: str, has_bias: bool) -> ExpertLinear:
-        bias = self._array(f"{name}.bias").astype(self._dtype) if has_bias else None
+        bias = self._small(f"{name}.bias") if has_bias else None
         return ExpertLinear(self._matrix(name), bias)
 
     def _linear(self, name: str, has_bias: bool) -> Linear:
-        bias = self._array(f"{name}.bias").astype(self._dtype) if has_bias else None
+        bias = self._small(f"{name}.bias") if has_bias else None
         return Linear(self._matrix(name), bias)
 
     def _norm(self, name: str) -> RMSNorm:
         weight = self._array(f"{name}.weight") + self._plan.norm_offset
-        return RMSNorm(weight.astype(self._dtype), self._plan.norm_eps)
+        return RMSNorm(_evaluated(weight.astype(self._dtype)), self._plan.norm_eps)
 
     def _matrix(self, name: str) -> Matrix:
         tensor = self._load(f"{name}.weight")
@@ -174,12 +174,16 @@ class _Builder:
             tensor.group_size, tensor.bits, tensor.mode,
         )  # fmt: skip
 
+    def _small(self, name: str) -> mx.array:
+        """A small tensor, in the compute type."""
+        return _evaluated(self._array(name).astype(self._dtype))
+
     def _array(self, name: str) -> mx.array:
         """A small tensor, in float32."""
         tensor = self._load(name)
         if not isinstance(tensor, Dense):
             raise FormatError(f"{self._weights.path}: tensor {name!r} must not be quantized")
-        return _float_array(tensor.array, tensor.dtype, mx.float32)
+        return _evaluated(_float_array(tensor.array, tensor.dtype, mx.float32))
 
     def _load(self, name: str) -> Any:
         if name not in self._present:

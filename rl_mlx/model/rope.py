@@ -146,6 +146,8 @@ class Rope:
         elif factors is not None:
             geometric = mx.array(_geometric(plan.base, plan.dims), mx.float32)
             self._periods = geometric * factors.astype(mx.float32)
+        if self._periods is not None:
+            mx.eval(self._periods)
 
     def __call__(self, x: mx.array, offset: Offset) -> mx.array:
         """The rotated array, of the same shape and type."""

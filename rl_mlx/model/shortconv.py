@@ -18,6 +18,7 @@ class ShortConv:
         self._layer = layer
         self._project = project
         self._taps = kernel[:, :, 0].T  # [taps, hidden]
+        mx.eval(self._taps)
         self._bias = bias
         self._out = out
 

@@ -29,9 +29,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.memory = True
-        self.scheduler = Scheduler(
-            max_rows=ROWS, chunk=CHUNK, queue_limit=QUEUE, admit=lambda s: self.memory
-        )
+        self.scheduler = Scheduler(max_rows=ROWS, queue_limit=QUEUE, admit=lambda s: self.memory)
         self.all = []
         self.pending = ()
         self.steps_since_decode = 0
@@ -42,7 +40,7 @@ class Machine(RuleBasedStateMachine):
         try:
             self.scheduler.add(sequence)
         except QueueFull:
-            assert len(self.scheduler.waiting) == QUEUE
+            assert len(self.scheduler.waiting) >= QUEUE  # those preempted are let in always
             return
         self.all.append((sequence, events))
 
@@ -53,6 +51,18 @@ class Machine(RuleBasedStateMachine):
         sequence.finish("cancelled")
         self.forget(sequence)
 
+    @rule(token=st.integers(0, 50))
+    def preempt(self, token):
+        self.collect(token)
+        victim = self.scheduler.victim()
+        active = self.rows()
+        assert (victim is None) == (len(active) < 2)
+        if victim is not None:
+            urgency = [(s.request.priority, -s.submitted) for s in active]
+            assert (victim.request.priority, -victim.submitted) == min(urgency)
+            self.scheduler.preempt(victim)
+            victim.row, victim.cached = None, 0
+
     @rule()
     def toggle_memory(self):
         self.memory = not self.memory
@@ -62,10 +72,9 @@ class Machine(RuleBasedStateMachine):
         waiting_streams = [s for s in self.scheduler.running if not s.saturated]
         work = self.scheduler.plan()
         if isinstance(work, Prefill):
-            assert 1 <= work.count <= CHUNK
             assert work.sequence.row is not None or len(self.rows()) < ROWS
             work.sequence.row = 0 if work.sequence.row is None else work.sequence.row
-            work.sequence.cached += work.count
+            work.sequence.cached = min(work.sequence.cached + CHUNK, work.sequence.known)
             self.steps_since_decode += 1
             if waiting_streams:
                 assert self.steps_since_decode == 1, "a stream waited longer than one chunk"
@@ -130,14 +139,28 @@ TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadlin
 
 
 def test_higher_priority_goes_first_and_equals_in_order():
-    scheduler = Scheduler(max_rows=1, chunk=8, queue_limit=9, admit=lambda s: True)
+    scheduler = Scheduler(max_rows=1, queue_limit=9, admit=lambda s: True)
     for name, priority in [("a", 0), ("b", 1), ("c", 0), ("d", 1)]:
         scheduler.add(make(name, priority=priority)[0])
     assert [s.request.id for s in scheduler.waiting] == ["b", "d", "a", "c"]
 
 
+def test_who_gave_way_goes_on_before_those_who_came_later():
+    scheduler = Scheduler(max_rows=2, queue_limit=9, admit=lambda s: True)
+    first, second, third = (make(name)[0] for name in "abc")
+    for sequence in (first, second):
+        scheduler.add(sequence)
+        assert scheduler.plan().sequence is sequence
+        scheduler.prefilled()
+        scheduler.plan()
+    scheduler.add(third)
+    scheduler.preempt(scheduler.victim())
+    assert [s.request.id for s in scheduler.waiting] == ["b", "c"]
+    assert not second.is_running
+
+
 def test_a_full_queue_says_so():
-    scheduler = Scheduler(max_rows=1, chunk=8, queue_limit=1, admit=lambda s: True)
+    scheduler = Scheduler(max_rows=1, queue_limit=1, admit=lambda s: True)
     scheduler.add(make("a")[0])
     with pytest.raises(QueueFull, match="try again later"):
         scheduler.add(make("b")[0])
