@@ -1,8 +1,10 @@
-"""The llama.cpp backend against xllamacpp's own server class, same model and parameters, paired in one run.
+"""The llama.cpp backend against xllamacpp's own server class, same model and parameters, paired in
+one run.
 
     python benchmarks/fallback.py model.gguf --tokens 200 --rounds 7
 
-Rounds alternate between the two sides, both loaded; figures are medians. A third part measures what text costs.
+Rounds alternate between the two sides, both loaded; figures are medians. A third part measures what
+text costs.
 """
 
 from __future__ import annotations
@@ -107,8 +109,9 @@ class Theirs:
                 made = chunk["usage"]["completion_tokens"]
 
         request = {
-            "prompt": prompt, "max_tokens": tokens, "stream": True, "temperature": 0, "ignore_eos": True,
-            "n_probs": 1, "samplers": ["top_k"], "top_k": 1, "post_sampling_probs": True,
+            "prompt": prompt, "max_tokens": tokens, "stream": True, "temperature": 0,
+            "ignore_eos": True, "n_probs": 1, "samplers": ["top_k"], "top_k": 1,
+            "post_sampling_probs": True,
         }  # fmt: skip
         self._server.handle_completions(request, callback)
         return Timed(stamps[0], stamps[-1], made)
@@ -189,7 +192,8 @@ def main() -> None:
     )
     results["text share of a token"] = share
     backend.close()
-    # The server's destructor holds the GIL while its threads log: a Python callback would hang them.
+    # The server's destructor holds the GIL while its threads log: a Python callback would hang
+    # them.
     open_library().api.llama_log_set(LogCallback(), None)
     if args.json:
         print(json.dumps(results, indent=2))

@@ -1,7 +1,7 @@
 """A Hugging Face folder becomes one GGUF file: streamed, exact, and never half there.
 
-Floats keep their type (vectors and routers are widened to float32, as llama.cpp wants them); nothing is
-quantized. The file appears under its name when it is complete.
+Floats keep their type (vectors and routers are widened to float32, as llama.cpp wants them);
+nothing is quantized. The file appears under its name when it is complete.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def export(
     """Write the folder ``source`` as the GGUF file ``destination``.
 
     ``progress(done, total)`` is told in bytes. Raises ``DestinationExists`` without ``force``,
-    ``UnsupportedModel`` for a family or container that has no way to GGUF yet, ``OutOfMemory`` where the disk is
-    too small, and ``ModelNotFound`` or ``FormatError`` for a bad source.
+    ``UnsupportedModel`` for a family or container that has no way to GGUF yet, ``OutOfMemory``
+    where the disk is too small, and ``ModelNotFound`` or ``FormatError`` for a bad source.
     """
     target = Path(destination)
     if target.exists() and not force:
@@ -96,7 +96,8 @@ def _plan(weights: FolderWeights, name: str) -> _Plan:
     dtype = weights.dtype(name)
     if dtype is None:
         raise UnsupportedModel(
-            f"{weights.path}: quantized MLX weights cannot be exported to GGUF yet; take a float16 version"
+            f"{weights.path}: quantized MLX weights cannot be exported to GGUF yet; "
+            "take a float16 version"
         )
     shape = weights.shape(name)
     target = gguf_name(weights.config["model_type"], name)
@@ -190,13 +191,16 @@ def _check_disk(target: Path, needed: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if needed > free:
         raise OutOfMemory(
-            f"{target} needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB; make room first"
+            f"{target} needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB; "
+            "make room first"
         )
 
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
-    """A name beside ``target`` to write to; it becomes ``target`` when all went well, and else is removed."""
+    """A name beside ``target`` to write to; it becomes ``target`` when all went well, and else is
+    removed.
+    """
     for stale in target.parent.glob(f".{target.name}.*.part"):
         owner = stale.name.split(".")[-2]
         if owner.isdigit() and not _is_alive(int(owner)):
@@ -204,7 +208,7 @@ def _replacing(target: Path) -> Iterator[Path]:
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         yield part
-        os.replace(part, target)
+        part.replace(target)
     finally:
         part.unlink(missing_ok=True)
 

@@ -1,11 +1,13 @@
-"""A Hugging Face style config as GGUF metadata, for the families that are exported; the inverse of ``config``."""
+"""A Hugging Face style config as GGUF metadata, for the families that are exported; the inverse of
+``config``.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +15,7 @@ import numpy.typing as npt
 from rl_mlx.errors import UnsupportedModel
 
 Config = Mapping[str, Any]
-Fields = dict[str, Union[int, float, str]]
+Fields = dict[str, int | float | str]
 
 ARCHITECTURES: Mapping[str, str] = MappingProxyType(
     {

@@ -1,4 +1,6 @@
-"""The tokenizer of a Hugging Face folder as a GGUF vocabulary: byte-level BPE, or BPE with byte fallback."""
+"""The tokenizer of a Hugging Face folder as a GGUF vocabulary: byte-level BPE, or BPE with byte
+fallback.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ _PRE: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """``model`` is ``gpt2``, ``llama`` or ``no_vocab``; the last has no tokens and runs on ids alone."""
+    """``model`` is ``gpt2``, ``llama`` or ``no_vocab``; the last has no tokens and runs on ids
+    alone.
+    """
 
     model: str
     pre: str = ""
@@ -36,7 +40,9 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, size: int) -> Vocabulary:
-    """The vocabulary of ``folder``, filled up to ``size`` tokens; ``no_vocab`` where it is of another kind."""
+    """The vocabulary of ``folder``, filled up to ``size`` tokens; ``no_vocab`` where it is of
+    another kind.
+    """
     data = _json(folder / "tokenizer.json")
     model = data.get("model", {})
     if model.get("type") != "BPE":
@@ -67,7 +73,9 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
 
 
 def _scores(tokens: tuple[str, ...], merges: tuple[str, ...]) -> tuple[float, ...]:
-    """SentencePiece merges the pair of the best score first; the rank of a merge, negated, says the same."""
+    """SentencePiece merges the pair of the best score first; the rank of a merge, negated, says the
+    same.
+    """
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         ranks.setdefault(merge.replace(" ", ""), rank)
@@ -86,7 +94,7 @@ def _special(folder: Path, ids: Mapping[str, int]) -> dict[str, int]:
     for name, key in (("bos", "bos"), ("eos", "eos"), ("padding", "pad"), ("unknown", "unk")):
         token = config.get(f"{key}_token")
         text = token.get("content") if isinstance(token, dict) else token
-        if text in ids:
+        if isinstance(text, str) and text in ids:
             found[name] = ids[text]
     return found
 

@@ -46,7 +46,9 @@ def choose(backend: str, dtype: str | None = None) -> Choice:
 
 
 def open_chosen(files: ModelFiles, settings: ModelSettings) -> Backend:
-    """Open ``files`` on the first backend of the choice that can; what others said goes to the notes."""
+    """Open ``files`` on the first backend of the choice that can; what others said goes to the
+    notes.
+    """
     choice = choose(settings.backend, settings.dtype)
     refusals: list[str] = []
     for name in choice.names:

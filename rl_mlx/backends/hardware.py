@@ -1,4 +1,6 @@
-"""What this machine has, what the backends can use of it, and the command that would make it faster."""
+"""What this machine has, what the backends can use of it, and the command that would make it
+faster.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _AVX512 = {"avx512f", "avx512bw", "avx512vl"}
 
 @dataclass(frozen=True)
 class Device:
-    """What a backend can compute on. ``acceleration`` is CUDA, ROCm, Vulkan, Metal or CPU; sizes in bytes."""
+    """What a backend can compute on. ``acceleration`` is CUDA, ROCm, Vulkan, Metal or CPU; sizes in
+    bytes.
+    """
 
     name: str
     description: str
@@ -50,7 +54,7 @@ class BackendStatus:
 
 @dataclass(frozen=True)
 class Report:
-    """All that ``doctor`` shows of the hardware. ``advice`` are lines that each end with a command."""
+    """All that ``doctor`` shows of the hardware. Each line of ``advice`` ends with a command."""
 
     system: str
     cpu: str
@@ -132,8 +136,9 @@ def advise(
         lines.append(f"an Intel GPU is not used; it may help: {_SWITCH}/vulkan")
     if not vendors and flags >= _AVX512:
         lines.append(
-            "this CPU has AVX-512, which the wheel does not use; compile the binding (10 to 20 minutes, "
-            f"needs CMake, a C++ compiler and Rust): pip install --no-binary xllamacpp xllamacpp=={VERSION}"
+            "this CPU has AVX-512, which the wheel does not use; compile the binding (10 to 20 "
+            "minutes; needs CMake, a C++ compiler and Rust): "
+            f"pip install --no-binary xllamacpp xllamacpp=={VERSION}"
         )
     return lines
 

@@ -1,4 +1,6 @@
-"""What this machine is: cores, instructions, memory, graphics cards. Reads files; starts and imports nothing."""
+"""What this machine is: cores, instructions, memory, graphics cards. Reads files; starts and
+imports nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,18 @@ _VENDORS = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x8086": "Intel"}
 
 @dataclass(frozen=True)
 class Gpu:
-    """A graphics card seen on the bus, whether or not any backend can use it. ``name`` may be just the vendor."""
+    """A graphics card seen on the bus, whether or not any backend can use it. ``name`` may be just
+    the vendor.
+    """
 
     vendor: str
     name: str
 
 
 def physical_cores() -> int:
-    """Cores this process may use: without hyper-threads, inside its affinity mask and cgroup's CPU quota."""
+    """Cores this process may use: without hyper-threads, inside its affinity mask and cgroup's CPU
+    quota.
+    """
     allowed = _affinity()
     cores = len(allowed) or os.cpu_count() or 1
     if sys.platform == "darwin":
@@ -57,7 +63,9 @@ def cpu_quota(
 
 
 def memory_total(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Bytes of memory this process may use: the machine's, or its cgroup's limit where that is lower."""
+    """Bytes of memory this process may use: the machine's, or its cgroup's limit where that is
+    lower.
+    """
     if sys.platform == "darwin":
         return int(_sysctl("hw.memsize") or 0)
     limits = [_meminfo("MemTotal")]
@@ -99,7 +107,9 @@ def instructions() -> frozenset[str]:
 
 
 def missing_instructions() -> list[str]:
-    """Instructions that llama.cpp's wheel uses and this CPU lacks; empty where that is not known to be so."""
+    """Instructions that llama.cpp's wheel uses and this CPU lacks; empty where that is not known to
+    be so.
+    """
     flags = instructions()
     if platform.machine().lower() not in {"x86_64", "amd64"} or not flags:
         return []

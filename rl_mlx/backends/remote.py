@@ -1,7 +1,9 @@
-"""A server at a URL as a backend: llama-server, vLLM, SGLang, another rl-mlx, anything that speaks OpenAI's API.
+"""A server at a URL as a backend: llama-server, vLLM, SGLang, another rl-mlx, anything that speaks
+OpenAI's API.
 
-Prompts go as token ids, so templates and tokenizer are the same as everywhere; they are read from the local
-model that the reference names. What a server cannot do (logits of every position) is refused.
+Prompts go as token ids, so templates and tokenizer are the same as everywhere; they are read from
+the local model that the reference names. What a server cannot do (logits of every position) is
+refused.
 """
 
 from __future__ import annotations
@@ -53,8 +55,8 @@ _REASONS: dict[str, FinishReason] = {"length": "length"}
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteOptions:
-    """``backend_options`` of a server. ``api_key``: else ``$RL_MLX_API_KEY``; ``model``: its name there, else the
-    first it lists; ``timeout``: seconds without a byte after which a request fails.
+    """``backend_options`` of a server. ``api_key``: else ``$RL_MLX_API_KEY``; ``model``: its name
+    there, else the first it lists; ``timeout``: seconds without a byte after which a request fails.
     """
 
     api_key: str | None = None
@@ -173,7 +175,8 @@ class RemoteBackend(Backend):
         names = [m.get("id") for m in models]
         if not names or (options.model and options.model not in names):
             raise ModelNotFound(
-                f"{client.url} serves {', '.join(map(str, names)) or 'no model'}, not {options.model}"
+                f"{client.url} serves {', '.join(map(str, names)) or 'no model'}, "
+                f"not {options.model}"
             )
         chosen = next(m for m in models if options.model in {None, m.get("id")})
         tokenizer = Tokenizer.open(files.path)
@@ -188,7 +191,8 @@ class RemoteBackend(Backend):
         room = self.info.context - len(request.prompt)
         if room < 1:
             raise ContextOverflow(
-                f"the prompt has {len(request.prompt)} tokens and the context is {self.info.context}"
+                f"the prompt has {len(request.prompt)} tokens and the context is "
+                f"{self.info.context}; shorten it"
             )
         call = _Call(self._client.connection())
         with self._lock:
@@ -343,7 +347,9 @@ class _Stream:
 
 
 def payload(request: Request, model: str, limit: int) -> dict[str, Any]:
-    """The body of a completion request: OpenAI's fields, and those of llama-server and vLLM that are not neutral."""
+    """The body of a completion request: OpenAI's fields, and those of llama-server and vLLM that
+    are not neutral.
+    """
     params = request.params
     body: dict[str, Any] = {
         "model": model,
@@ -354,7 +360,7 @@ def payload(request: Request, model: str, limit: int) -> dict[str, Any]:
         "return_token_ids": True,
         "logprobs": max(params.logprobs or 0, 1),
     }
-    optional = {
+    optional: dict[str, tuple[Any, Any]] = {
         "top_p": (params.top_p, 1.0),
         "top_k": (params.top_k, 0),
         "min_p": (params.min_p, 0.0),
@@ -390,7 +396,8 @@ def _llamacpp_only(params: SamplingParams) -> dict[str, Any]:
 def encode_exactly(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids whose bytes are those of ``text``, for a piece from the middle of an answer.
 
-    Some tokenizers put a space before a text; one that follows a line break gets none. Raises ``EngineError``.
+    Some tokenizers put a space before a text; one that follows a line break gets none. Raises
+    ``EngineError``.
     """
     for before in ("", "\n", "a"):
         head = tokenizer.encode(before, add_special=False) if before else []

@@ -1,6 +1,8 @@
-"""The sampler of one row on the host, in NumPy: the same settings, order and random numbers as the one in MLX.
+"""The sampler of one row on the host, in NumPy: the same settings, order and random numbers as the
+one in MLX.
 
-For backends whose logits are on the host already. Filters work on the few tokens that can still win.
+For backends whose logits are on the host already. Filters work on the few tokens that can still
+win.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ def choose(
     prompt: Sequence[int],
     answer: Sequence[int],
 ) -> tuple[int, TokenLogprob | None]:
-    """The next token after ``prompt`` and ``answer`` from logits ``[vocab]``, which stay as they are."""
+    """The next token after ``prompt`` and ``answer`` from logits ``[vocab]``, which stay as they
+    are.
+    """
     changed = logits
     if params.logit_bias or needs_tokens(params):
         changed = _changed(logits, params, prompt, answer)
@@ -51,7 +55,9 @@ def _changed(
 
 
 def _draw(logits: Floats, params: SamplingParams, seed: int, position: int) -> int:
-    """Temperature, top-k, top-p, min-p, XTC; then the cumulative distribution is inverted, in order of ids."""
+    """Temperature, top-k, top-p, min-p, XTC; then the cumulative distribution is inverted, in order
+    of ids.
+    """
     ids: npt.NDArray[np.intp] | None = None
     if 0 < params.top_k < len(logits):
         lowest = np.partition(logits, -params.top_k)[-params.top_k]
@@ -75,7 +81,9 @@ def _draw(logits: Floats, params: SamplingParams, seed: int, position: int) -> i
 
 
 def _nucleus(weights: Floats, top_p: float) -> float:
-    """The least weight inside the nucleus: the fewest likeliest tokens that hold ``top_p``, one at least."""
+    """The least weight inside the nucleus: the fewest likeliest tokens that hold ``top_p``, one at
+    least.
+    """
     total = float(weights.sum(dtype=np.float64))
     few = np.partition(weights, -_FEW)[-_FEW:] if len(weights) > _FEW else weights
     if float(few.sum(dtype=np.float64)) < top_p * total:

@@ -86,7 +86,9 @@ Open = Callable[..., Backend]
 
 @pytest.fixture
 def start() -> Start:
-    """``start(backend, prompt, eos=(), **sampling)``: a request under way; greedy unless told otherwise."""
+    """``start(backend, prompt, eos=(), **sampling)``: a request under way; greedy unless told
+    otherwise.
+    """
     numbers = itertools.count()
 
     def start_one(

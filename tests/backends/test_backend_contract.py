@@ -17,9 +17,10 @@ from rl_mlx.types import Finished, Progress
 
 pytestmark = pytest.mark.shared
 BACKENDS = ("llama.cpp", "mlx")
-PARITY = ("gemma2", "gemma3_text", "gpt_oss", "lfm2", "llama", "llama3-rope", "mixtral", "qwen2", "qwen3",
-          "qwen3_moe")  # fmt: skip
-# Relative to the largest logit. llama.cpp rounds what meets a float16 weight to float16; MLX on a CPU does not.
+PARITY = ("gemma2", "gemma3_text", "gpt_oss", "lfm2", "llama", "llama3-rope", "mixtral", "qwen2",
+          "qwen3", "qwen3_moe")  # fmt: skip
+# Relative to the largest logit. llama.cpp rounds what meets a float16 weight to float16; MLX on a
+# CPU does not.
 TOLERANCE = {"llama.cpp": 1.5e-2, "mlx": 1e-3}
 EOS = 2
 

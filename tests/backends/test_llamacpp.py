@@ -101,7 +101,9 @@ def test_a_prefix_is_shared_by_those_that_run_together(
 
 
 def test_sequences_wait_when_the_shared_cells_run_out(open_cpp: Any, start: Any) -> None:
-    """256 cells and eight answers of 100 tokens each: some are put back and go on later, with the same text."""
+    """256 cells and eight answers of 100 tokens each: some are put back and go on later, with the
+    same text.
+    """
     prompts = [[1, 300 + n] for n in range(8)]
     results = []
     for context, unified in ((256, True), (256, False)):
@@ -198,9 +200,9 @@ def test_nothing_is_printed(open_cpp: Any, ask: Any, capfd: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     "options",
     [
-        {"gpu_layers": -2}, {"gpu_layers": "some"}, {"threads": 0}, {"parallel": 0}, {"parallel": 1000},
-        {"batch": True}, {"cache_type_k": "q3_k"}, {"rope_scaling": "su"}, {"numa": "yes"},
-        {"split_mode": "tensor"}, {"context": 5},
+        {"gpu_layers": -2}, {"gpu_layers": "some"}, {"threads": 0}, {"parallel": 0},
+        {"parallel": 1000}, {"batch": True}, {"cache_type_k": "q3_k"}, {"rope_scaling": "su"},
+        {"numa": "yes"}, {"split_mode": "tensor"}, {"context": 5},
     ],
 )  # fmt: skip
 def test_bad_options_are_refused(options: dict[str, Any]) -> None:

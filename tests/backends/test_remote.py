@@ -34,7 +34,9 @@ MODELS = {"data": [{"id": "m", "max_model_len": 64}]}
 
 
 class Stub:
-    """An OpenAI server: ``reply(body)`` gives (status, JSON or a list of events); ``bodies`` were asked."""
+    """An OpenAI server: ``reply(body)`` gives (status, JSON or a list of events); ``bodies`` were
+    asked.
+    """
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
@@ -223,8 +225,8 @@ def test_only_what_is_asked_for_is_sent() -> None:
         "model", "prompt", "max_tokens", "temperature", "stream", "return_token_ids", "logprobs",
     }  # fmt: skip
     rich = SamplingParams(
-        temperature=0.5, top_k=3, seed=4, repetition_penalty=1.1, logit_bias={7: -1}, xtc_probability=0.5,
-        dry_multiplier=1, ignore_eos=True, stop_token_ids=(9,), logprobs=5,
+        temperature=0.5, top_k=3, seed=4, repetition_penalty=1.1, logit_bias={7: -1},
+        xtc_probability=0.5, dry_multiplier=1, ignore_eos=True, stop_token_ids=(9,), logprobs=5,
     )  # fmt: skip
     body = payload(Request(id="a", prompt=(1,), params=rich), "m", 5)
     assert body["logit_bias"] == {"7": -1}

@@ -1,4 +1,6 @@
-"""The llama.cpp backend: every host that MLX does not serve, and every GGUF file that it cannot run."""
+"""The llama.cpp backend: every host that MLX does not serve, and every GGUF file that it cannot
+run.
+"""
 
 from __future__ import annotations
 

@@ -55,7 +55,8 @@ class LlamaCppBackend(Backend):
     def open(cls, files: ModelFiles, settings: ModelSettings) -> LlamaCppBackend:
         """Load a model.
 
-        Raises ``BackendUnavailable``, ``InvalidRequest``, ``FormatError``, ``UnsupportedModel`` or ``OutOfMemory``.
+        Raises ``BackendUnavailable``, ``InvalidRequest``, ``FormatError``, ``UnsupportedModel`` or
+        ``OutOfMemory``.
         """
         options = LlamaCppOptions.of(settings.backend_options)
         library = open_library()
@@ -103,8 +104,8 @@ class LlamaCppBackend(Backend):
         room = self.info.context - len(request.prompt)
         if room < 1:
             raise ContextOverflow(
-                f"the prompt has {len(request.prompt)} tokens and the context is {self.info.context}; "
-                "shorten it or load the model with a longer context"
+                f"the prompt has {len(request.prompt)} tokens and the context is "
+                f"{self.info.context}; shorten it or load the model with a longer context"
             )
         wanted, seed = request.params.max_tokens, request.params.seed
         limit = room if wanted is None else min(wanted, room)
@@ -135,7 +136,9 @@ class LlamaCppBackend(Backend):
         return unit
 
     def _forward(self, ids: Seq[int], *, embeddings: bool) -> npt.NDArray[np.float32]:
-        """Logits or last hidden states of every position, in a context of its own that is freed again."""
+        """Logits or last hidden states of every position, in a context of its own that is freed
+        again.
+        """
         context = Context(
             self._model, self._options, self._kv, max(len(ids), 32), 1,
             outputs="embeddings" if embeddings else "logits",
@@ -188,16 +191,18 @@ def kv_types(settings: ModelSettings, options: LlamaCppOptions) -> KV:
 
 
 def _length(model: Model, settings: ModelSettings, kv: KV, budget: int) -> int:
-    """Tokens a sequence may have: what was asked for, else the model's own context as far as memory goes."""
+    """Tokens a sequence may have: what was asked for, else the model's own context as far as memory
+    goes.
+    """
     per_token = max(1, model.kv_bytes_per_token(kv))
     room = min(budget, memory_available() + model.nbytes) - model.nbytes
     fits = room // per_token
     wanted = settings.context or min(default_context(model.trained_context), DEFAULT_CONTEXT)
     if (model.gpu_layers == 0 and wanted > fits and settings.context) or fits < 64:
         raise OutOfMemory(
-            f"{model.path.name} needs {(model.nbytes + wanted * per_token) / 1e9:.1f} GB for a context of "
-            f"{wanted} tokens and {max(room + model.nbytes, 0) / 1e9:.1f} GB may be used; set a shorter context, "
-            "kv_bits, or more memory"
+            f"{model.path.name} needs {(model.nbytes + wanted * per_token) / 1e9:.1f} GB for a "
+            f"context of {wanted} tokens and {max(room + model.nbytes, 0) / 1e9:.1f} GB may be "
+            "used; set a shorter context, kv_bits, or more memory"
         )
     if wanted > fits and model.gpu_layers == 0:
         model.notes.append(f"the context is {fits} tokens: memory holds no more")
@@ -220,7 +225,8 @@ def _drafter(
         return None
     if not model.can_rewind:
         raise UnsupportedModel(
-            f"draft= needs a cache that can be cut, and {model.path.name} is a recurrent model; leave it out"
+            f"draft= needs a cache that can be cut, and {model.path.name} is a recurrent model; "
+            "leave it out"
         )
     if settings.draft in {"lookup", "auto"}:
         return Lookup()

@@ -1,4 +1,6 @@
-"""Guesses of the tokens to come, which the model then checks in one step: from the text so far, or a small model."""
+"""Guesses of the tokens to come, which the model then checks in one step: from the text so far, or
+a small model.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class Drafter(Protocol):
 
 
 class Lookup:
-    """What followed the last three (or two) tokens when they came before: prompt lookup (Saxena 2023)."""
+    """What followed the last three (or two) tokens when they came before: prompt lookup (Saxena
+    2023).
+    """
 
     _LENGTHS = (3, 2)
 
@@ -62,7 +66,9 @@ class Lookup:
 
 
 class DraftModel:
-    """A smaller model with the same vocabulary; it keeps a cache of its own, in step with the target's."""
+    """A smaller model with the same vocabulary; it keeps a cache of its own, in step with the
+    target's.
+    """
 
     def __init__(
         self, model: Model, target: Model, options: LlamaCppOptions, length: int, *, unified: bool
@@ -96,7 +102,7 @@ class DraftModel:
         return guesses
 
     def _catch_up(self, slots: Sequence[Slot]) -> dict[int, int]:
-        """Feed what the draft's cache lacks of each slot; gives where each one's last logits are."""
+        """Feed what the draft's cache lacks of each slot; gives where their last logits are."""
         outputs: dict[int, int] = {}
         for slot in slots:
             tokens, held = [*slot.tokens, *slot.pending()], self._held[slot.id]
@@ -135,7 +141,9 @@ class DraftModel:
 
 
 def check_vocabulary(draft: Model, target: Model) -> None:
-    """Raise ``InvalidRequest`` unless both models mean the same by a token id (64 of them are compared)."""
+    """Raise ``InvalidRequest`` unless both models mean the same by a token id (64 of them are
+    compared).
+    """
     step = max(1, min(draft.vocab, target.vocab) // 64)
     same = draft.vocab == target.vocab and all(
         draft.piece(t) == target.piece(t) for t in range(0, target.vocab, step)

@@ -1,7 +1,8 @@
 """Continuous batching over one llama.cpp context, on one thread.
 
-A step is one batch: the last token (and its guesses) of every running sequence, then prompts in the order they
-came, as far as there is room. Finished sequences stay in the cache as prefixes until their cells are needed.
+A step is one batch: the last token (and its guesses) of every running sequence, then prompts in the
+order they came, as far as there is room. Finished sequences stay in the cache as prefixes until
+their cells are needed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ log = logging.getLogger(__name__)
 class _Part:
     """A slot's part of a batch: ``tokens`` were fed, those after the first ``sure`` are guesses.
 
-    ``first`` is the batch index of its first output, None where the prompt goes on in the next step.
+    ``first`` is the batch index of its first output, None where the prompt goes on in the next
+    step.
     """
 
     slot: Slot
@@ -197,7 +199,7 @@ class Engine:
         for slot in decoding:
             tokens = [*slot.pending(), *guesses.get(slot.id, ())][: self._context.room]
             if not tokens:
-                break  # more sequences than a batch takes: the rest have their turn when these are done
+                break  # more sequences than a batch takes: the rest have their turn later
             first = self._context.add(tokens, len(slot.tokens), slot.id, len(tokens))
             parts.append(_Part(slot, tokens, 1, first))
         for slot in running:
@@ -253,7 +255,9 @@ class Engine:
         self._crowded = False
 
     def _make_room(self) -> None:
-        """Free cells: of the prefix not used for longest, else of the sequence that came last, which waits again."""
+        """Free cells: of the prefix not used for longest, else of the sequence that came last,
+        which waits again.
+        """
         self._context.discard()
         slot = self._slots.oldest_idle() or self._slots.running[-1]
         if slot.run is not None and len(self._slots.running) == 1:

@@ -1,4 +1,4 @@
-"""A folder of safetensors as the GGUF file that llama.cpp reads: written once, kept in the cache."""
+"""A folder of safetensors as the GGUF file that llama.cpp reads: written once, then cached."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ def cache_folder() -> Path:
 
 
 def gguf_of(path: Path) -> Path:
-    """``path`` itself if it is a file, else the GGUF file of that folder, exported if it is not there.
+    """``path`` itself if it is a file, else the GGUF file of that folder, exported if it is not
+    there.
 
-    Raises what ``export`` raises: ``UnsupportedModel``, ``FormatError``, ``OutOfMemory`` for a full disk.
+    Raises what ``export`` raises: ``UnsupportedModel``, ``FormatError``, ``OutOfMemory`` for a full
+    disk.
     """
     if not path.is_dir():
         return path
@@ -34,7 +36,9 @@ def gguf_of(path: Path) -> Path:
 
 
 def _digest(folder: Path) -> str:
-    """Of the config and tokenizer, and of the size and time of the weights: reading those would take too long."""
+    """Of the config and tokenizer, and of the size and time of the weights: reading those would
+    take too long.
+    """
     digest = hashlib.sha256(_FORMAT)
     for file in sorted(
         p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".jinja"}

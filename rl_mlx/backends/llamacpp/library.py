@@ -1,8 +1,9 @@
 """llama.cpp's C API by ctypes, from the shared library that the ``xllamacpp`` wheel brings.
 
-The binding's own server class is not used: it loses the ids of tokens that end inside a UTF-8 character, opens a
-listener, and slows down with every further model in the process. Layouts follow ``include/llama.h`` of the pinned
-release and are checked against the library's own defaults before anything is passed to it.
+The binding's own server class is not used: it loses the ids of tokens that end inside a UTF-8
+character, opens a listener, and slows down with every further model in the process. Layouts follow
+``include/llama.h`` of the pinned release and are checked against the library's own defaults before
+anything is passed to it.
 """
 
 from __future__ import annotations
@@ -11,13 +12,22 @@ import ctypes
 import functools
 import importlib.metadata
 import importlib.util
-import platform
 import sys
 from collections import deque
 from collections.abc import Iterator
 from ctypes import (
-    CFUNCTYPE, POINTER, Structure, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint8,
-    c_uint32, c_uint64, c_void_p,
+    CFUNCTYPE,
+    POINTER,
+    Structure,
+    c_bool,
+    c_char_p,
+    c_float,
+    c_int32,
+    c_size_t,
+    c_uint8,
+    c_uint32,
+    c_uint64,
+    c_void_p,
 )  # fmt: skip
 from pathlib import Path
 from typing import Any
@@ -26,12 +36,13 @@ from rl_mlx.backends.machine import missing_instructions
 from rl_mlx.errors import BackendUnavailable
 
 VERSION = "2026.10.11549"
-"""The release of xllamacpp (and so of llama.cpp, b11549) whose header the structures below follow."""
+"""The release of xllamacpp (llama.cpp b11549) whose header the structures below follow."""
 INSTALL_BINDING = f"install it: pip install xllamacpp=={VERSION}"
 
 # enum ggml_type: the types that a KV cache can have
 KV_TYPES = {
-    "f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2, "iq4_nl": 20,
+    "f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2,
+    "iq4_nl": 20,
 }  # fmt: skip
 KV_BYTES = {
     "f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32,
@@ -44,44 +55,88 @@ _ERROR_LEVEL = 4  # enum ggml_log_level
 
 
 class ModelParams(Structure):
-    """``struct llama_model_params``; the tail is room for fields that a later release may append."""
+    """``struct llama_model_params``; the tail is room for fields that may be appended."""
 
     _fields_ = [
-        ("devices", c_void_p), ("tensor_buft_overrides", c_void_p), ("n_gpu_layers", c_int32),
-        ("split_mode", c_int32), ("load_mode", c_int32), ("lazy_mode", c_int32), ("main_gpu", c_int32),
-        ("tensor_split", POINTER(c_float)), ("progress_callback", c_void_p),
-        ("progress_callback_user_data", c_void_p), ("kv_overrides", c_void_p), ("vocab_only", c_bool),
-        ("check_tensors", c_bool), ("use_extra_bufts", c_bool), ("no_host", c_bool), ("no_alloc", c_bool),
-        ("load_mtp", c_bool), ("tail", c_uint8 * 64),
-    ]  # fmt: skip
+        ("devices", c_void_p),
+        ("tensor_buft_overrides", c_void_p),
+        ("n_gpu_layers", c_int32),
+        ("split_mode", c_int32),
+        ("load_mode", c_int32),
+        ("lazy_mode", c_int32),
+        ("main_gpu", c_int32),
+        ("tensor_split", POINTER(c_float)),
+        ("progress_callback", c_void_p),
+        ("progress_callback_user_data", c_void_p),
+        ("kv_overrides", c_void_p),
+        ("vocab_only", c_bool),
+        ("check_tensors", c_bool),
+        ("use_extra_bufts", c_bool),
+        ("no_host", c_bool),
+        ("no_alloc", c_bool),
+        ("load_mtp", c_bool),
+        ("tail", c_uint8 * 64),
+    ]
 
 
 class ContextParams(Structure):
     """``struct llama_context_params``; ``unnamed`` is one this program has no use for."""
 
     _fields_ = [
-        ("n_ctx", c_uint32), ("n_batch", c_uint32), ("n_ubatch", c_uint32), ("n_seq_max", c_uint32),
-        ("n_rs_seq", c_uint32), ("n_outputs_max", c_uint32), ("n_outputs_max_per_seq", c_uint32),
-        ("n_threads", c_int32), ("n_threads_batch", c_int32), ("ctx_type", c_int32),
-        ("rope_scaling_type", c_int32), ("pooling_type", c_int32), ("attention_type", c_int32),
-        ("flash_attn_type", c_int32), ("rope_freq_base", c_float), ("rope_freq_scale", c_float),
-        ("yarn_ext_factor", c_float), ("yarn_attn_factor", c_float), ("yarn_beta_fast", c_float),
-        ("yarn_beta_slow", c_float), ("yarn_orig_ctx", c_uint32), ("defrag_thold", c_float),
-        ("cb_eval", c_void_p), ("cb_eval_user_data", c_void_p), ("type_k", c_int32), ("type_v", c_int32),
-        ("abort_callback", c_void_p), ("abort_callback_data", c_void_p), ("unnamed", c_void_p),
-        ("embeddings", c_bool), ("offload_kqv", c_bool), ("no_perf", c_bool), ("op_offload", c_bool),
-        ("swa_full", c_bool), ("kv_unified", c_bool), ("samplers", c_void_p), ("n_samplers", c_size_t),
-        ("ctx_other", c_void_p), ("tail", c_uint8 * 64),
-    ]  # fmt: skip
+        ("n_ctx", c_uint32),
+        ("n_batch", c_uint32),
+        ("n_ubatch", c_uint32),
+        ("n_seq_max", c_uint32),
+        ("n_rs_seq", c_uint32),
+        ("n_outputs_max", c_uint32),
+        ("n_outputs_max_per_seq", c_uint32),
+        ("n_threads", c_int32),
+        ("n_threads_batch", c_int32),
+        ("ctx_type", c_int32),
+        ("rope_scaling_type", c_int32),
+        ("pooling_type", c_int32),
+        ("attention_type", c_int32),
+        ("flash_attn_type", c_int32),
+        ("rope_freq_base", c_float),
+        ("rope_freq_scale", c_float),
+        ("yarn_ext_factor", c_float),
+        ("yarn_attn_factor", c_float),
+        ("yarn_beta_fast", c_float),
+        ("yarn_beta_slow", c_float),
+        ("yarn_orig_ctx", c_uint32),
+        ("defrag_thold", c_float),
+        ("cb_eval", c_void_p),
+        ("cb_eval_user_data", c_void_p),
+        ("type_k", c_int32),
+        ("type_v", c_int32),
+        ("abort_callback", c_void_p),
+        ("abort_callback_data", c_void_p),
+        ("unnamed", c_void_p),
+        ("embeddings", c_bool),
+        ("offload_kqv", c_bool),
+        ("no_perf", c_bool),
+        ("op_offload", c_bool),
+        ("swa_full", c_bool),
+        ("kv_unified", c_bool),
+        ("samplers", c_void_p),
+        ("n_samplers", c_size_t),
+        ("ctx_other", c_void_p),
+        ("tail", c_uint8 * 64),
+    ]
 
 
 class Batch(Structure):
     """``struct llama_batch``."""
 
     _fields_ = [
-        ("n_tokens", c_int32), ("token", c_void_p), ("embd", c_void_p), ("pos", c_void_p),
-        ("n_seq_id", c_void_p), ("seq_id", c_void_p), ("logits", c_void_p),
-    ]  # fmt: skip
+        ("n_tokens", c_int32),
+        ("token", c_void_p),
+        ("embd", c_void_p),
+        ("pos", c_void_p),
+        ("n_seq_id", c_void_p),
+        ("seq_id", c_void_p),
+        ("logits", c_void_p),
+    ]
 
 
 LogCallback = CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
@@ -133,9 +188,12 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "ggml_backend_register": (None, c_void_p),
 }  # fmt: skip
 
-# What the pinned release's default parameters hold: a library whose layout moved cannot show all of these.
-_MODEL_DEFAULTS = {"n_gpu_layers": -1, "split_mode": 1, "load_mode": -1, "lazy_mode": 1,
-                   "main_gpu": 0, "use_extra_bufts": True, "vocab_only": False, "check_tensors": False}  # fmt: skip
+# What the pinned release's default parameters hold: a library whose layout moved cannot show all of
+# these.
+_MODEL_DEFAULTS = {
+    "n_gpu_layers": -1, "split_mode": 1, "load_mode": -1, "lazy_mode": 1,
+    "main_gpu": 0, "use_extra_bufts": True, "vocab_only": False, "check_tensors": False,
+}  # fmt: skip
 _CONTEXT_DEFAULTS = {
     "n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1, "n_outputs_max_per_seq": 1,
     "n_threads": 4, "n_threads_batch": 4, "rope_scaling_type": -1, "pooling_type": -1,
@@ -146,7 +204,9 @@ _CONTEXT_DEFAULTS = {
 
 
 class Library:
-    """The open library. ``api.llama_decode(...)`` and so on are its functions; ``errors()`` its last words."""
+    """The open library. ``api.llama_decode(...)`` and so on are its functions; ``errors()`` its
+    last words.
+    """
 
     def __init__(self, path: Path, version: str) -> None:
         self.path = path
@@ -156,9 +216,9 @@ class Library:
         for name, (result, *arguments) in _PROTOTYPES.items():
             function = getattr(self.api, name)
             function.restype, function.argtypes = result, arguments
+        self._check_layouts()
         self._callback = LogCallback(self._on_log)  # held: the library keeps only the address
         self.api.llama_log_set(self._callback, None)
-        self._check_layouts()
         self.api.llama_backend_init()
 
     def _on_log(self, level: int, text: bytes | None, _data: object) -> None:
@@ -184,7 +244,9 @@ class Library:
         return "; ".join(line.strip() for line in text.splitlines() if line.strip())
 
     def devices(self) -> Iterator[tuple[str, str, str, int, int, int]]:
-        """(name, description, backend, kind, free bytes, total bytes) of each device; kind 0 is a CPU."""
+        """(name, description, backend, kind, free bytes, total bytes) of each device; kind 0 is a
+        CPU.
+        """
         api = self.api
         for index in range(api.ggml_backend_dev_count()):
             device = api.ggml_backend_dev_get(index)
@@ -205,8 +267,8 @@ class Library:
 def open_library() -> Library:
     """Find, check and open the library, once a process.
 
-    Raises ``BackendUnavailable`` where the binding is absent, is another release, cannot be loaded, or was built
-    for instructions that this CPU lacks (which would kill the process).
+    Raises ``BackendUnavailable`` where the binding is absent, is another release, cannot be loaded,
+    or was built for instructions that this CPU lacks (which would kill the process).
     """
     spec = importlib.util.find_spec("xllamacpp")
     if spec is None or spec.origin is None:
@@ -244,5 +306,5 @@ def _why_not(error: Exception) -> str:
             "llama.cpp needs libgomp; install it: apt-get install libgomp1 (or dnf install libgomp)"
         )
     if "GLIBC" in str(error) or "musl" in str(error):
-        return f"llama.cpp's wheel does not fit this system's C library ({platform.libc_ver()[0]}): {error}"
+        return f"llama.cpp's wheel does not fit this system's C library: {error}"
     return f"llama.cpp's library cannot be loaded: {error}; {INSTALL_BINDING}"

@@ -1,4 +1,4 @@
-"""A model and its contexts in llama.cpp: loading, memory, one batch at a time. No scheduling here."""
+"""A model and its contexts in llama.cpp: loading, memory, one batch. Schedules nothing."""
 
 from __future__ import annotations
 
@@ -174,8 +174,8 @@ class Context:
         self._pointers = self._sequences.ctypes.data + 4 * np.arange(n, dtype=np.uint64)
         self._outputs = np.zeros(n, np.int8)
         self._batch = Batch(
-            0, self._tokens.ctypes.data, None, self._positions.ctypes.data, self._counts.ctypes.data,
-            self._pointers.ctypes.data, self._outputs.ctypes.data,
+            0, self._tokens.ctypes.data, None, self._positions.ctypes.data,
+            self._counts.ctypes.data, self._pointers.ctypes.data, self._outputs.ctypes.data,
         )  # fmt: skip
         self.size = 0
 
@@ -185,7 +185,8 @@ class Context:
         return self.capacity - self.size
 
     def add(self, tokens: Sequence[int], start: int, sequence: int, outputs: int) -> int:
-        """Put tokens at positions ``start ..`` of a sequence into the batch; the last ``outputs`` give logits.
+        """Put tokens at positions ``start ..`` of a sequence into the batch; the last ``outputs``
+        give logits.
 
         Returns the index in the batch of the first of those.
         """
@@ -206,9 +207,8 @@ class Context:
             raise CacheFull
         self.size = 0
         if status != 0:
-            raise EngineError(
-                f"llama.cpp failed to decode ({status}): {self._model.library.errors() or 'no reason given'}"
-            )
+            reason = self._model.library.errors() or "no reason given"
+            raise EngineError(f"llama.cpp failed to decode ({status}): {reason}")
 
     def discard(self) -> None:
         """Empty the batch."""
@@ -225,7 +225,10 @@ class Context:
     def _view(self, address: int | None) -> npt.NDArray[np.float32]:
         if not address:
             raise EngineError("llama.cpp gave no output for a token that was asked for")
-        return np.frombuffer(self._row.from_address(address), np.float32)
+        row: npt.NDArray[np.float32] = np.frombuffer(
+            memoryview(self._row.from_address(address)), np.float32
+        )
+        return row
 
     def keep(self, sequence: int, length: int) -> bool:
         """Forget a sequence past ``length``; False where this model's state cannot be cut there."""
@@ -233,7 +236,9 @@ class Context:
         return kept
 
     def share(self, source: int, target: int, length: int) -> None:
-        """Give ``target`` the first ``length`` tokens of ``source``: cells are shared if unified, else copied."""
+        """Give ``target`` the first ``length`` tokens of ``source``: cells are shared if unified,
+        else copied.
+        """
         self._api.llama_memory_seq_cp(self._memory, source, target, -1, -1)
         self.keep(target, length)
 
@@ -272,7 +277,9 @@ def _context_params(model: Model, options: LlamaCppOptions, kv: KV) -> ContextPa
 
 
 def _wanted_layers(library: Library, path: Path, options: LlamaCppOptions) -> int:
-    """Layers for the GPU: as asked; under ``auto`` all where the file fits into 90% of what is free there."""
+    """Layers for the GPU: as asked; under ``auto`` all where the file fits into 90% of what is free
+    there.
+    """
     if isinstance(options.gpu_layers, int):
         return options.gpu_layers
     free = [device[4] for device in library.devices() if device[3] != 0]

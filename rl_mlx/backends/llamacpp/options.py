@@ -14,15 +14,17 @@ from rl_mlx.errors import InvalidRequest
 class LlamaCppOptions:
     """How llama.cpp loads and runs a model; a bad or unknown one raises ``InvalidRequest``.
 
-    ``gpu_layers``: how many layers go to the GPU, ``all``, or ``auto`` (as many as fit). ``tensor_split``: shares
-    of several GPUs, ``split_mode`` how they share (``layer``, ``row``, ``none``), ``main_gpu`` which one works
-    alone. ``threads`` (decode) and ``threads_batch`` (prefill): None for the physical cores that this process may
-    use. ``batch``: most tokens of one step, and of one prefill chunk. ``parallel``: sequences at once. ``unified``:
-    one cache of ``context`` tokens for all of them, rather than one each, which is faster; None for one each where
-    that takes at most a quarter of the memory. ``flash_attention``: None lets llama.cpp choose. ``cache_type_k`` and ``cache_type_v``:
-    ``f32``, ``f16``, ``bf16``, ``q8_0``, ``q5_1``, ``q5_0``, ``q4_1``, ``q4_0`` or ``iq4_nl``. ``rope_*`` and
-    ``yarn_orig_context`` stretch the context. ``mmap`` and ``mlock``: map the file, lock it in memory. ``numa``:
-    ``distribute``, ``isolate``, ``numactl`` or ``mirror``. ``rpc``: ``host:port`` of workers. ``draft_tokens``: the
+    ``gpu_layers``: how many layers go to the GPU, ``all``, or ``auto`` (as many as fit).
+    ``tensor_split``: shares of several GPUs, ``split_mode`` how they share (``layer``, ``row``,
+    ``none``), ``main_gpu`` which one works alone. ``threads`` (decode) and ``threads_batch``
+    (prefill): None for the physical cores that this process may use. ``batch``: most tokens of one
+    step, and of one prefill chunk. ``parallel``: sequences at once. ``unified``: one cache of
+    ``context`` tokens for all of them, rather than one each, which is faster; None for one each
+    where that takes at most a quarter of the memory. ``flash_attention``: None lets llama.cpp
+    choose. ``cache_type_k`` and ``cache_type_v``: ``f32``, ``f16``, ``bf16``, ``q8_0``, ``q5_1``,
+    ``q5_0``, ``q4_1``, ``q4_0`` or ``iq4_nl``. ``rope_*`` and ``yarn_orig_context`` stretch the
+    context. ``mmap`` and ``mlock``: map the file, lock it in memory. ``numa``: ``distribute``,
+    ``isolate``, ``numactl`` or ``mirror``. ``rpc``: ``host:port`` of workers. ``draft_tokens``: the
     most tokens guessed a step.
     """
 
@@ -53,8 +55,7 @@ class LlamaCppOptions:
             raise InvalidRequest(
                 f"gpu_layers must be a number, auto or all, not {self.gpu_layers!r}"
             )
-        for name, lowest in (("batch", 1), ("parallel", 1), ("draft_tokens", 1), ("main_gpu", 0),
-                             ("threads", 1), ("threads_batch", 1), ("yarn_orig_context", 0)):  # fmt: skip
+        for name, lowest in _LOWEST.items():
             value = getattr(self, name)
             if value is not None and not _is_count(value, lowest):
                 raise InvalidRequest(f"{name} must be at least {lowest}, not {value!r}")
@@ -77,12 +78,21 @@ class LlamaCppOptions:
         for name in options:
             if name not in known:
                 raise InvalidRequest(
-                    f"unknown option {name!r} of the llama.cpp backend; known are {', '.join(known)}"
+                    f"unknown option {name!r} of llama.cpp; known are {', '.join(known)}"
                 )
         return cls(**options)
 
 
 _MAX_SEQUENCES = 255  # LLAMA_MAX_SEQ less the one that logits and embeddings use
+_LOWEST = {
+    "batch": 1,
+    "parallel": 1,
+    "draft_tokens": 1,
+    "main_gpu": 0,
+    "threads": 1,
+    "threads_batch": 1,
+    "yarn_orig_context": 0,
+}
 _CHOICES: dict[str, Mapping[str, int]] = {
     "cache_type_k": KV_TYPES,
     "cache_type_v": KV_TYPES,

@@ -1,4 +1,4 @@
-"""Which sequence of llama.cpp's cache a request gets, and what of it is there already. Pure Python."""
+"""Which sequence of llama.cpp's cache a request gets, and what of it is there already."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ class Slot:
     used: float = 0.0
 
     def pending(self) -> list[int]:
-        """Tokens of the request that are not in the cells: part of the prompt, or the last one sampled."""
+        """Tokens of the request that are not in the cells: part of the prompt, or the last one
+        sampled.
+        """
         assert self.run is not None, "an idle slot has nothing to do"
         done, prompt = len(self.tokens), self.run.prompt
         if done >= len(prompt):
@@ -71,8 +73,8 @@ class Place:
 class Slots:
     """All sequences of one cache.
 
-    ``can_cut`` says that a prefix of a sequence can be used by itself, ``worth`` how many tokens are worth being
-    taken over from another slot.
+    ``can_cut`` says that a prefix of a sequence can be used by itself, ``worth`` how many tokens
+    are worth being taken over from another slot.
     """
 
     def __init__(self, count: int, *, can_cut: bool, worth: int) -> None:
@@ -91,7 +93,7 @@ class Slots:
         return sum(len(s.tokens) for s in self.all)
 
     def find(self, prompt: Seq[int]) -> Place | None:
-        """A place for a prompt, or None where it has to wait for a slot or for a prefix under way."""
+        """A place for a prompt, or None where it has to wait for a slot or a prefix under way."""
         idle = [s for s in self.all if s.run is None]
         if not idle:
             return None
@@ -112,7 +114,9 @@ class Slots:
         return Place(slot, source, length)
 
     def _usable(self, slot: Slot, prompt: Seq[int]) -> int:
-        """Tokens of ``prompt`` that can be taken over; the last one is always computed, for its logits."""
+        """Tokens of ``prompt`` that can be taken over; the last one is always computed, for its
+        logits.
+        """
         length = min(common(prompt, slot.tokens), len(prompt) - 1)
         return length if self._can_cut or length == len(slot.tokens) else 0
 
