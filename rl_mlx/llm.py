@@ -133,8 +133,8 @@ class AsyncLLM:
         if _is_batch(prompt):
             if stream:
                 raise InvalidRequest("stream=True takes one prompt, not a list of them")
-            return self._gather([self._encode(p) for p in prompt], params)  # type: ignore[arg-type]
-        ids = self._encode(prompt)  # type: ignore[arg-type]
+            return self._gather([self.encode(p) for p in prompt], params)  # type: ignore[arg-type]
+        ids = self.encode(prompt)  # type: ignore[arg-type]
         return self._stream(ids, params) if stream else self._first(ids, params)
 
     def chat(
@@ -148,11 +148,27 @@ class AsyncLLM:
     ) -> Coroutine[Any, Any, Result] | AsyncIterator[Chunk]:
         """Answer a conversation through the model's chat template; otherwise as ``generate``."""
         params = SamplingParams.of(sampling.pop("params", None), **sampling)
-        text = self.apply_template(messages, tools=tools, **(template_options or {}))
-        ids = self._encode_rendered(text)
+        ids = self.encode_rendered(
+            self.apply_template(messages, tools=tools, **(template_options or {}))
+        )
         if stream:
             return self._stream(ids, params, is_turn=True)
         return self._first(ids, params, is_turn=True)
+
+    def answer(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        is_turn: bool = False,
+        shown: frozenset[int] = frozenset(),
+    ) -> AsyncIterator[Chunk]:
+        """The chunks of an answer to token ids; what ``generate`` and ``chat`` are made of.
+
+        ``is_turn``: the answer begins a text of its own, as in a chat, rather than go on from the
+        prompt's. ``shown`` control tokens are part of the text (see ``Format.markers``).
+        """
+        return self._stream(self.encode(prompt), params, is_turn=is_turn, shown=shown)
 
     async def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Logits of every position, float32 ``[len(ids), vocab]``."""
@@ -161,7 +177,7 @@ class AsyncLLM:
     async def embed(self, texts: str | Sequence[str]) -> npt.NDArray[np.float32]:
         """Unit vectors (mean of the last hidden states), float32 ``[len(texts), hidden]``."""
         batch = [texts] if isinstance(texts, str) else list(texts)
-        rows = [await self._waiting.run(self._backend.embed, self._encode(t)) for t in batch]
+        rows = [await self._waiting.run(self._backend.embed, self.encode(t)) for t in batch]
         return np.stack(rows) if rows else np.zeros((0, self.info.hidden), np.float32)
 
     async def close(self) -> None:
@@ -174,7 +190,8 @@ class AsyncLLM:
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The prompt's token ids, checked; raises ``InvalidRequest``. Safe in any thread."""
         ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
         if not ids:
             raise InvalidRequest("the prompt is empty: it encodes to no tokens")
@@ -185,7 +202,7 @@ class AsyncLLM:
             )
         return ids
 
-    def _encode_rendered(self, text: str) -> list[int]:
+    def encode_rendered(self, text: str) -> list[int]:
         """A rendered template's ids: one BOS where the model wants one, whether the template wrote
         it or not.
         """
@@ -193,10 +210,15 @@ class AsyncLLM:
         ids = tokenizer.encode(text, add_special=False)
         if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
             ids.insert(0, tokenizer.bos_id)
-        return self._encode(ids)
+        return self.encode(ids)
 
     async def _events(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, is_turn: bool
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        is_turn: bool,
+        shown: frozenset[int] = frozenset(),
     ) -> AsyncIterator[tuple[int, Answer, Chunk | None]]:
         """Submit all, then yield each event's chunk as it comes; leaving early cancels the rest.
 
@@ -212,7 +234,7 @@ class AsyncLLM:
                     eos_ids=self._tokenizer.eos_ids,
                 )  # fmt: skip
                 continues = not is_turn and not self._tokenizer.special_ids.issuperset(prompt)
-                detokenizer = Detokenizer(self._tokenizer, continues=continues)
+                detokenizer = Detokenizer(self._tokenizer, continues=continues, shown=shown)
                 answers.append(Answer(detokenizer, params.stop, len(prompt)))
                 self._backend.submit(request, lambda event, i=index: channel.put((i, event)))
                 running[index] = request.id
@@ -231,9 +253,14 @@ class AsyncLLM:
                 self._backend.cancel(request_id)
 
     async def _stream(
-        self, prompt: Sequence[int], params: SamplingParams, *, is_turn: bool = False
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        is_turn: bool = False,
+        shown: frozenset[int] = frozenset(),
     ) -> AsyncIterator[Chunk]:
-        events = self._events([prompt], params, is_turn=is_turn)
+        events = self._events([prompt], params, is_turn=is_turn, shown=shown)
         try:
             async for _, _, chunk in events:
                 if chunk is not None:

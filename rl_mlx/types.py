@@ -247,7 +247,7 @@ class Usage:
 @dataclass(frozen=True)
 class Chunk:
     """A piece of a streamed answer. ``progress`` is set while the prompt is read, before the first
-    text.
+    text. ``stop`` is the stop string that ended the answer, at its end.
     """
 
     text: str = ""
@@ -255,6 +255,7 @@ class Chunk:
     logprobs: tuple[TokenLogprob, ...] = ()
     progress: Progress | None = None
     finish_reason: FinishReason | None = None
+    stop: str | None = None
     usage: Usage | None = None
     timings: Timings | None = None
 
@@ -262,7 +263,7 @@ class Chunk:
 @dataclass(frozen=True)
 class Result:
     """A whole answer. ``text`` excludes a matched stop string; ``token_ids`` are all that were
-    generated.
+    generated. ``stop`` is the stop string that ended it, if one did.
     """
 
     text: str
@@ -271,6 +272,7 @@ class Result:
     usage: Usage
     timings: Timings
     logprobs: list[TokenLogprob] | None = None
+    stop: str | None = None
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,11 @@ class Answer:
         self._reason = "stop" if self.stopped else event.reason
         self._timings = event.timings
         return Chunk(
-            text=tail, finish_reason=self._reason, usage=self._usage(), timings=event.timings
+            text=tail,
+            finish_reason=self._reason,
+            stop=self._matcher.matched,
+            usage=self._usage(),
+            timings=event.timings,
         )
 
     def _usage(self) -> Usage:
@@ -86,4 +90,5 @@ class Answer:
             usage=self._usage(),
             timings=self._timings,
             logprobs=self._logprobs or None,
+            stop=self._matcher.matched,
         )

@@ -14,14 +14,21 @@ class Detokenizer:
 
     ``skip_special`` hides control tokens. ``continues`` says that the ids go on from text before
     them, so that a first space is text; otherwise the one that SentencePiece puts in front of every
-    text is left out. Bytes that are not UTF-8 become U+FFFD. Constant time a token.
+    text is left out. ``shown`` control tokens are text all the same: marks that a router reads.
+    Bytes that are not UTF-8 become U+FFFD. Constant time a token.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, skip_special: bool = True, continues: bool = False
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special: bool = True,
+        continues: bool = False,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
         self._bytes = tokenizer.token_bytes
-        self._hidden: frozenset[int] = tokenizer.special_ids if skip_special else frozenset()
+        hidden = tokenizer.special_ids - shown if skip_special else frozenset()
+        self._hidden: frozenset[int] = hidden
         self._decode = _utf8("replace").decode
         self._strip = tokenizer.strips_space and not continues
 

@@ -14,6 +14,8 @@ class StopMatcher:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple({stop for stop in stops if stop})
+        self.matched: str | None = None
+        """The stop string that came."""
         self._held = ""
         self._stopped = False
 
@@ -29,8 +31,9 @@ class StopMatcher:
         seen = self._held + text
         match = self._first(seen)
         if match is not None:
-            self._held, self._stopped = "", True
-            return seen[:match], True
+            start, end = match
+            self._held, self._stopped, self.matched = "", True, seen[start:end]
+            return seen[:start], True
         keep = self._could_begin(seen)
         self._held = seen[keep:]
         return seen[:keep], False
@@ -40,14 +43,14 @@ class StopMatcher:
         held, self._held = self._held, ""
         return held
 
-    def _first(self, text: str) -> int | None:
-        """Where the stop string that ends first begins."""
+    def _first(self, text: str) -> tuple[int, int] | None:
+        """Where the stop string that ends first begins and ends."""
         best: tuple[int, int] | None = None
         for stop in self._stops:
             start = text.find(stop)
             if start >= 0 and (best is None or (start + len(stop), start) < best):
                 best = (start + len(stop), start)
-        return None if best is None else best[1]
+        return None if best is None else (best[1], best[0])
 
     def _could_begin(self, text: str) -> int:
         """The first index from which the rest of ``text`` is the beginning of a stop string."""
