@@ -100,21 +100,34 @@ class Choice:
 
 
 def choose(source: Source, fidelity: Fidelity, scales: FloatType) -> Choice:
-    """The containers for a tensor by the rule ``fidelity``, with scales in ``scales``.
+    """The containers for a tensor of GGML blocks by a rule, with scales in ``scales``.
 
-    Plain floats become ``scales`` where that changes none of them, and stay as they are else; so do
-    arrays that are packed already. Raises ``InvalidRequest`` where ``compact`` cannot be kept.
+    Raises ``InvalidRequest`` where ``compact`` cannot be kept.
     """
     sample = Sample(source)
     kind = sample.ggml_type
-    if kind is None:
-        own = sample.as_it_is
-        return sample.choice([own] if own.bits else [Holding(scales, lossless=True), own])
     if fidelity == "exact":
         return sample.choice(_exact(sample, kind, scales))
     if fidelity == "compact":
         return _compact(sample, kind, scales)
     return _faithful(sample, kind, scales)
+
+
+def unchanged(source: Source) -> Choice:
+    """Plain floats, or an array that MLX has packed, as they are."""
+    sample = Sample(source)
+    return sample.choice([replace(sample.as_it_is, lossless=True)])
+
+
+def rounded(source: Source, dtype: FloatType, *, lossless: bool) -> Choice:
+    """Plain floats in ``dtype``; as they are where one would overflow it, or would change."""
+    sample = Sample(source)
+    return sample.choice([Holding(dtype, lossless=lossless), sample.as_it_is])
+
+
+def requantized(source: Source, holding: Holding) -> Choice:
+    """``holding``, with float32 scales where one would overflow."""
+    return Sample(source).choice([holding, replace(holding, dtype="float32")])
 
 
 def measure(source: Source, holding: Holding) -> Loss:
@@ -189,10 +202,11 @@ class Sample:
         self._count = sum(v.size for v in self._values)
 
     @property
-    def ggml_type(self) -> GGMLType | None:
-        """The type of GGML blocks; None for arrays."""
+    def ggml_type(self) -> GGMLType:
+        """The type of a tensor of GGML blocks."""
         first = self._pieces[0]
-        return first.type if isinstance(first, Blocks) else None
+        assert isinstance(first, Blocks)
+        return first.type
 
     @property
     def as_it_is(self) -> Holding:

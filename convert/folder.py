@@ -112,6 +112,11 @@ class FolderWeights(Weights):
             pair, scales = found, "float32"
         return Packed(weight, pair[0], pair[1], packing.bits, packing.group_size, "affine", scales)
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The safetensors files."""
+        return tuple(file.path for file in self._files)
+
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a tensor as it lies in the folder, scales in their own type.
 
@@ -130,9 +135,7 @@ class FolderWeights(Weights):
             biases = self._arrays[f"{module}.biases"].rows(start, stop)
             kind = self._float_type(f"{module}.biases")
             biases = floats.narrow(floats.widen(biases, kind), dtype)
-        return Packed(
-            weight, scales, biases, packing.bits, packing.group_size, packing.mode, dtype
-        )
+        return Packed(weight, scales, biases, packing.bits, packing.group_size, packing.mode, dtype)
 
     def packing(self, name: str) -> tuple[int, int, Mode] | None:
         """Bits, group size and mode of a packed tensor, None for a dense one."""

@@ -42,11 +42,12 @@ Piece = Blocks | Dense | Packed
 class Source:
     """A tensor as it lies in its file. ``read(start, stop)`` gives rows of it.
 
-    ``kind`` names its type; ``nbytes`` is what it takes there.
+    ``kind`` names its type; ``nbytes`` is what it takes there. ``packed``: not plain floats.
     """
 
     name: str
     kind: str
+    packed: bool
     shape: tuple[int, ...]
     nbytes: int
     rows: int
@@ -108,7 +109,8 @@ def source(weights: Weights, name: str) -> Source:
     if isinstance(weights, GGUFWeights):
         kind, read = weights.type(name), _gguf_rows(weights, name)
         nbytes = count // kind.block_size * kind.block_bytes
-        return Source(name, kind.name, shape, nbytes, count // shape[-1], read)
+        packed = not isinstance(block(kind), Plain)
+        return Source(name, kind.name, packed, shape, nbytes, count // shape[-1], read)
     assert isinstance(weights, FolderWeights)
     packing = weights.packing(name)
     if packing is None:
@@ -116,7 +118,8 @@ def source(weights: Weights, name: str) -> Source:
     else:
         held = Holding(weights.scale_type(name), *packing)
     read = partial(weights.rows, name)
-    return Source(name, held.label, shape, held.nbytes(count), count // shape[-1], read)
+    rows = count // shape[-1] if shape else 1
+    return Source(name, held.label, packing is not None, shape, held.nbytes(count), rows, read)
 
 
 def _gguf_rows(weights: GGUFWeights, name: str) -> Callable[[int, int], Piece]:

@@ -33,7 +33,8 @@ class Lazy:
     def rows(self, start: int, stop: int) -> Array:
         """Rows ``[stop - start, last axis]``, where all axes but the last count as one."""
         if not self.parts:
-            return self.read().reshape(-1, self.shape[-1])[start:stop]
+            width = self.shape[-1] if self.shape else 1
+            return self.read().reshape(-1, width)[start:stop]
         each = math.prod(self.parts[0].shape[:-1])
         touched = range(start // each, -(-stop // each))
         found = [

@@ -87,6 +87,11 @@ class GGUFWeights(Weights):
             return Dense(tensor.array.reshape(self._expected[name]), tensor.dtype)
         return tensor
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The file, or all its parts."""
+        return self._file.paths
+
     def type(self, name: str) -> GGMLType:
         """The type that a tensor has in the file."""
         return self._file.tensors[self._sources[name]].type

@@ -65,9 +65,9 @@ def best_installed() -> str:
 
 def _chats(path: Path) -> bool:
     """True for a model with a chat template; false also for one that cannot be read."""
+    from rl_mlx.convert.files import read_json
     from rl_mlx.convert.gguf.reader import GGUFFile
     from rl_mlx.errors import RlMlxError
-    from rl_mlx.store.models import read_json
 
     if path.is_dir():
         settings = read_json(path / "tokenizer_config.json")

@@ -12,7 +12,7 @@ from rl_mlx.cli.terminal import plain, print_json, size
 from rl_mlx.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from rl_mlx.cli.facts import Facts
+    from rl_mlx.convert.facts import Facts
 
 NAME = "show"
 
@@ -26,13 +26,13 @@ def command(
 ) -> None:
     """Show what a model is and what it takes to run."""
     from rl_mlx.backends.choice import choose
-    from rl_mlx.cli.facts import facts
+    from rl_mlx.convert import inspect
     from rl_mlx.store import resolve
 
     if context is not None and context < 1:
         raise InvalidRequest(f"--context must be at least 1, not {context}")
     files = resolve(model)
-    found = facts(files.path)
+    found = inspect(files.path)
     length = context or found.context or 4096
     if json:
         more = {

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import cast
 from urllib.parse import unquote, urlsplit
 
+from rl_mlx.convert.files import is_weights
 from rl_mlx.errors import InvalidRequest, ModelNotFound, OutOfMemory, RlMlxError
 from rl_mlx.store import places
-from rl_mlx.store.models import TOKENIZERS, ModelFiles, is_weights, pick, variants
+from rl_mlx.store.models import TOKENIZERS, ModelFiles, pick, variants
 
 HOSTS = ("huggingface.co", "hf.co", "www.huggingface.co")
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")

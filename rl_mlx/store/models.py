@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
+from rl_mlx.convert.files import is_weights, read_json
 from rl_mlx.errors import ModelNotFound
 
 PREFERRED = (
     "Q4_K_M"  # what a GGUF repository gives when no quantization is named, as llama.cpp does
 )
-MAX_JSON = 64 << 20
 
 _GGUF = re.compile(r"(?P<stem>.+?)(?:-(?P<part>\d{5})-of-(?P<parts>\d{5}))?\.gguf", re.IGNORECASE)
 _SHARD = re.compile(r".+-\d{5}-of-(?P<parts>\d{5})\.safetensors")
@@ -149,11 +147,6 @@ def models_in(folder: Path, name: str, source: str) -> Iterator[InstalledModel]:
             yield InstalledModel(f"{name}:{variant.tag}", folder / variant.files[0], source, size)
 
 
-def is_weights(file: str) -> bool:
-    """True for the safetensors that make a model: at the top, and not Mistral's second copy."""
-    return "/" not in file and file.endswith(".safetensors") and not file.startswith("consolidated")
-
-
 def generates(folder: Path, files: Iterable[str]) -> bool:
     """True where ``files`` of ``folder`` are a whole language model in safetensors, and not an
     encoder.
@@ -170,17 +163,6 @@ def generates(folder: Path, files: Iterable[str]) -> bool:
         whole = bool(shards) and all(m is None or int(m["parts"]) <= len(shards) for m in parts)
     architectures = read_json(folder / "config.json").get("architectures") or []
     return whole and (not architectures or any(str(a).endswith(_GENERATES) for a in architectures))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is none that can be read."""
-    try:
-        if path.stat().st_size > MAX_JSON:
-            return {}
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def folders(path: Path) -> list[Path]:

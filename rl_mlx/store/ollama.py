@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from rl_mlx.convert.files import read_json
 from rl_mlx.errors import FormatError, InvalidRequest, ModelNotFound, UnsupportedModel
 from rl_mlx.store import places
-from rl_mlx.store.models import InstalledModel, folders, read_json
+from rl_mlx.store.models import InstalledModel, folders
 
 PREFIX = "ollama:"
 SOURCE = "ollama"

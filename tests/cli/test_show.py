@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from rl_mlx.cli.facts import facts
 from rl_mlx.cli.main import main
 from rl_mlx.cli.show import count
 from rl_mlx.cli.terminal import plain, size
+from rl_mlx.convert import inspect
 
 Capture = pytest.CaptureFixture[str]
 
@@ -55,7 +55,7 @@ def test_an_mlx_folder(home: Path, tmp_path: Path) -> None:
         "model.b.scales": scales, "model.b.biases": scales, "norm.weight": np.zeros(64, np.float16),
     }  # fmt: skip
     save_file(tensors, tmp_path / "model.safetensors")
-    found = facts(tmp_path)
+    found = inspect(tmp_path)
     assert found.types == {"4-bit": 512, "8-bit": 512, "F16": 64}
     assert found.parameters == 1088
     assert found.weight_bytes == sum(t.nbytes for t in tensors.values())

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rl_mlx.convert.files import is_weights, read_json
 from rl_mlx.convert.gguf.reader import GGUFFile
 from rl_mlx.convert.safetensors import SafetensorsFile
 from rl_mlx.errors import FormatError
-from rl_mlx.store.models import is_weights, read_json
 
 _SPECIAL = ("bos", "eos", "eot", "unknown", "padding")
 KV_ITEM_BYTES = 2
@@ -55,8 +55,9 @@ class Facts:
         return self.weight_bytes + context * self.kv_bytes_per_token
 
 
-def facts(path: Path) -> Facts:
+def inspect(path: str | Path) -> Facts:
     """Read the headers of a GGUF file or a folder; raises what opening them raises."""
+    path = Path(path)
     if path.is_dir():
         return _folder_facts(path)
     with GGUFFile.open(path) as file:

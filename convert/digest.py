@@ -1,0 +1,23 @@
+"""What a model's files contain, in one number."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def digest(files: Sequence[Path]) -> str:
+    """SHA-256 of a file, or of the list of its parts' digests, a line each, in hexadecimal."""
+    found = [_file_digest(path) for path in files]
+    if len(found) == 1:
+        return found[0]
+    return hashlib.sha256("".join(f"{line}\n" for line in found).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    hashed = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            hashed.update(piece)
+    return hashed.hexdigest()
