@@ -10,20 +10,22 @@ text costs.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import multiprocessing
 import statistics
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from rl_mlx.backends.base import Backend
 from rl_mlx.backends.llamacpp import LlamaCppBackend
-from rl_mlx.backends.llamacpp.library import LogCallback, open_library
 from rl_mlx.settings import ModelSettings
 from rl_mlx.store import ModelFiles
 from rl_mlx.text.answer import Answer
@@ -32,6 +34,8 @@ from rl_mlx.text.tokenizer import Tokenizer
 from rl_mlx.types import Event, Failed, Finished, Request, SamplingParams, Token
 
 Prompt = list[int]
+PARALLEL = 8
+BATCH = 512
 
 
 @dataclass(frozen=True)
@@ -117,13 +121,53 @@ class Theirs:
         return Timed(stamps[0], stamps[-1], made)
 
 
-def speeds(sides: dict[str, Callable[[], list[Timed]]], rounds: int) -> dict[str, dict[str, float]]:
+class Side:
+    """One side in a process of its own, so that neither's idle threads slow the other down."""
+
+    def __init__(self, kind: str, path: Path, threads: int, context: int) -> None:
+        context_of_processes = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context_of_processes.Pipe()
+        arguments = (kind, path, threads, context, theirs)
+        self._process = context_of_processes.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        self._pipe.recv()  # it is loaded
+
+    def run(self, prompts: list[Prompt], tokens: int) -> list[Timed]:
+        """Answers of prompts that are sent together."""
+        self._pipe.send((prompts, tokens))
+        answers: list[Timed] = self._pipe.recv()
+        return answers
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(kind: str, path: Path, threads: int, context: int, pipe: Connection) -> None:
+    settings = ModelSettings(
+        context=context, backend_options={"threads": threads, "unified": False, "batch": BATCH}
+    )
+    runner: Ours | Theirs
+    if kind == "rl-mlx":
+        runner = Ours(LlamaCppBackend.open(ModelFiles(path.stem, path), settings))
+    else:
+        runner = Theirs(path, threads, context, PARALLEL, BATCH)
+    pipe.send(0)
+    while True:
+        pipe.send(runner.run(*pipe.recv()))
+
+
+def speeds(
+    sides: dict[str, Side], prompts: Callable[[], list[Prompt]], tokens: int, rounds: int
+) -> dict[str, dict[str, float]]:
     """Median tokens per second in all and median milliseconds to the first token, by side."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
         order = list(sides.items())
-        for name, run in order if turn % 2 else reversed(order):
-            answers = run()
+        same = prompts()
+        for name, side in order if turn % 2 else reversed(order):
+            answers = side.run(same, tokens)
             rate = sum(a.tokens for a in answers) / max(a.total for a in answers)
             first = statistics.median(a.first for a in answers)
             if turn:  # the first round warms up
@@ -165,36 +209,26 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
-    options = {"threads": args.threads, "unified": False}
-    settings = ModelSettings(context=args.context, backend_options=options)
-    backend = LlamaCppBackend.open(ModelFiles(args.model.stem, args.model), settings)
-    ours = Ours(backend)
-    theirs = Theirs(args.model, args.threads, args.context, parallel=8, batch=512)
-    vocab = backend.info.vocab
+    tokenizer = Tokenizer.from_gguf(args.model)
+    sides = {
+        kind: Side(kind, args.model, args.threads, args.context) for kind in ("rl-mlx", "xllamacpp")
+    }
     random = Random(0)
 
     def prompts(count: int) -> list[Prompt]:
-        # Never the same twice, or one side's prefix cache would answer for it.
-        return [[1, *random.choices(range(290, vocab), k=64)] for _ in range(count)]
+        # Never the same twice, or a prefix cache would answer for it.
+        ids = range(290, tokenizer.vocab_size)
+        return [[1, *random.choices(ids, k=64)] for _ in range(count)]
 
     results: dict[str, Any] = {}
-    for count in (1, 8):
-        results[f"{count} streams" if count > 1 else "1 stream"] = speeds(
-            {
-                "rl-mlx": lambda n=count: ours.run(prompts(n), args.tokens),  # type: ignore[misc]
-                "xllamacpp": lambda n=count: theirs.run(prompts(n), args.tokens),  # type: ignore[misc]
-            },
-            args.rounds,
-        )
+    for count in (1, PARALLEL):
+        name = f"{count} streams" if count > 1 else "1 stream"
+        results[name] = speeds(sides, functools.partial(prompts, count), args.tokens, args.rounds)
     per_token = 1 / results["1 stream"]["rl-mlx"]["tokens/s"]
-    share = text_share(
-        Tokenizer.from_gguf(args.model), [290 + i % 200 for i in range(500)], per_token
-    )
-    results["text share of a token"] = share
-    backend.close()
-    # The server's destructor holds the GIL while its threads log: a Python callback would hang
-    # them.
-    open_library().api.llama_log_set(LogCallback(), None)
+    ids = [290 + i % 200 for i in range(500)]
+    results["text share of a token"] = text_share(tokenizer, ids, per_token)
+    for side in sides.values():
+        side.close()
     if args.json:
         print(json.dumps(results, indent=2))
         return

@@ -54,8 +54,8 @@ def test_this_machine_has_cores_and_memory() -> None:
 
 
 def test_cards_on_the_bus(tmp_path: Path) -> None:
-    for name, vendor, kind in (("0", "0x10de", "0x030200"), ("1", "0x1002", "0x030000"),
-                               ("2", "0x8086", "0x020000"), ("3", "0x1234", "0x030000")):  # fmt: skip
+    cards = (("0x10de", "0x030200"), ("0x1002", "0x030000"), ("0x8086", "0x020000"))
+    for name, (vendor, kind) in zip("012", cards, strict=True):
         (tmp_path / name).mkdir()
         (tmp_path / name / "vendor").write_text(f"{vendor}\n")
         (tmp_path / name / "class").write_text(f"{kind}\n")
