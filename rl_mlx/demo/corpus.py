@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ class Corpus:
     def __init__(self) -> None:
         names = [name for name in _SHARES if name != "tasks"]
         self._topics = {name: topics(name) for name in names}
+        self._weights = {name: _cumulative(found) for name, found in self._topics.items()}
         self._plain = plain_texts("stories")
 
     def questions(self) -> Iterator[str]:
@@ -112,14 +114,17 @@ class Corpus:
         kind = rng.choices(list(_SHARES), list(_SHARES.values()))[0]
         if kind == "tasks":
             return [_styled(tasks.exercise(rng), rng)]
-        found = self._topics[kind]
-        weights = [(len(t.questions) * len(t.rows)) ** 0.5 for t in found]
-        topic = rng.choices(found, weights)[0]
+        topic = rng.choices(self._topics[kind], cum_weights=self._weights[kind])[0]
         question, answer, row = topic.ask(rng)
         turns = [_filled(question, answer, row, rng)]
         if follow and len(topic.rows) > 3 and rng.random() < 0.3:
             turns.append(_follow_up(topic, question, rng))
         return [_styled(turn, rng) for turn in turns]
+
+
+def _cumulative(found: list[Topic]) -> list[float]:
+    """A topic comes up more often the more ways there are to ask, but not in proportion."""
+    return list(itertools.accumulate((len(t.questions) * len(t.rows)) ** 0.5 for t in found))
 
 
 def _filled(question: str, answer: str, row: Row, rng: Random) -> Turn:

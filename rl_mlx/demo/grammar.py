@@ -2,7 +2,7 @@
 
 A topic is a block of lines: questions (``? pattern``, or ``@macro argument`` for all the patterns of a macro), then
 answer lines (``= text``). Rows ``- x | y | z`` below fill ``{x}``, ``{y}``, ``{z}`` in the topics since the last
-blank line. A pattern's ``(a|b|)`` is one of its alternatives. ``~ text`` is plain text without a question.
+blank line. A pattern's ``(a|b|)`` is one of its alternatives, and may hold others. ``~ text`` is plain text without a question.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from random import Random
 
-_CHOICE = re.compile(r"\(([^()]*\|[^()]*)\)")
 _SLOT = re.compile(r"\{(\w+)\}")
 
 Row = dict[str, str]
@@ -34,8 +33,8 @@ class Topic:
 
     def every_question(self) -> Iterator[str]:
         """All questions with all rows; slots that are no column of a row stay as they are."""
-        for pattern, row in itertools.product(self.questions, self.rows):
-            yield from (fill(question, row) for question in expand(pattern))
+        for question in itertools.chain.from_iterable(map(expand, self.questions)):
+            yield from (fill(question, row) for row in self.rows)
 
 
 @dataclass
@@ -61,13 +60,37 @@ class _Block:
 
 def choose(pattern: str, rng: Random) -> str:
     """The pattern with one random alternative of each choice."""
-    return _tidy(_CHOICE.sub(lambda match: rng.choice(match[1].split("|")), pattern))
+    while split := _first_choice(pattern):
+        before, alternatives, after = split
+        pattern = before + rng.choice(alternatives) + after
+    return _tidy(pattern)
 
 
 def expand(pattern: str) -> Iterator[str]:
     """Every text that the pattern stands for."""
-    parts = [part.split("|") if i % 2 else [part] for i, part in enumerate(_CHOICE.split(pattern))]
-    return (_tidy("".join(choice)) for choice in itertools.product(*parts))
+    split = _first_choice(pattern)
+    if split is None:
+        yield _tidy(pattern)
+        return
+    before, alternatives, after = split
+    for alternative in alternatives:
+        yield from expand(before + alternative + after)
+
+
+def _first_choice(pattern: str) -> tuple[str, list[str], str] | None:
+    """The text before the first outermost choice, its alternatives, and the text after it."""
+    start = pattern.find("(")
+    if start < 0:
+        return None
+    depth, border, alternatives = 0, start + 1, []
+    for i in range(start, len(pattern)):
+        depth += {"(": 1, ")": -1}.get(pattern[i], 0)
+        if depth == 0 or (depth == 1 and pattern[i] == "|"):
+            alternatives.append(pattern[border:i])
+            border = i + 1
+        if depth == 0:
+            return pattern[:start], alternatives, pattern[border:]
+    raise ValueError(f"unbalanced choice in the pattern {pattern!r}")
 
 
 def fill(text: str, row: Row) -> str:

@@ -98,9 +98,7 @@ def _attention(weights: Weights, block: str, shape: Shape, x: mx.array) -> mx.ar
         scale=shape.head_dim**-0.5,
         mask="causal",
     )
-    return (
-        y.swapaxes(1, 2).reshape(batch, length, -1) @ weights[block + "attn_output.weight"].T
-    )
+    return y.swapaxes(1, 2).reshape(batch, length, -1) @ weights[block + "attn_output.weight"].T
 
 
 def _mlp(weights: Weights, block: str, x: mx.array) -> mx.array:

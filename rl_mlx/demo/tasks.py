@@ -101,11 +101,14 @@ def _repeat(rng: Random) -> Turn:
     items = rng.sample(WORDS, rng.randint(1, 9))
     if rng.random() < 0.5:
         text = ", ".join(items)
-        order = choose("(repeat|say|copy|write|echo|print) (this list|the list|this|) (again|):", rng)
+        order = choose(
+            "(repeat|say|copy|write|echo|print) (this list|the list|this|) (again|):", rng
+        )
     else:
         text = " ".join(items)
         order = choose(
-            "(repeat|say|copy|write|echo|repeat after me|say after me) (this|the words|this text|):", rng
+            "(repeat|say|copy|write|echo|repeat after me|say after me) (this|the words|this text|):",
+            rng,
         )
     return f"{order} {text}", text
 
@@ -122,7 +125,8 @@ def _edit(rng: Random) -> Turn:
     old, new = rng.choice(items), rng.choice(WORDS)
     text = " ".join(items)
     question = choose(
-        f"(replace|change|exchange) {old} (by|with|to|for) {new} (in this text|in|in the list|here): {text}", rng
+        f"(replace|change|exchange) {old} (by|with|to|for) {new} (in this text|in|in the list|here): {text}",
+        rng,
     )
     return question, " ".join(new if item == old else item for item in items)
 
@@ -152,7 +156,8 @@ def _count(rng: Random) -> Turn:
         numbers = range(stop, start - 1, -1)
     else:
         question = choose(
-            "(count|can you count|list the numbers|write the numbers|say the numbers) from {a} to {b}", rng
+            "(count|can you count|list the numbers|write the numbers|say the numbers) from {a} to {b}",
+            rng,
         )
         numbers = range(start, stop + 1)
     return question.format(a=start, b=stop), ", ".join(map(str, numbers))
@@ -200,9 +205,14 @@ def exercise(rng: Random) -> Turn:
 def introduction(rng: Random) -> tuple[Turn, Turn]:
     """Two turns: a name is told, and later asked for."""
     name = rng.choice(NAMES)
-    told = choose(f"(my name is|I am|I'm|call me|hello, I am|hi, my name is|the name is) {name}", rng)
+    told = choose(
+        f"(my name is|I am|I'm|call me|hello, I am|hi, my name is|the name is) {name}", rng
+    )
     asked = choose(
         "(what is my name|who am I|do you know my name|do you remember my name|what was my name|tell me my name)",
         rng,
     )
-    return (told, f"Nice to meet you, {name}! How can I help you?"), (asked, f"Your name is {name}.")
+    return (told, f"Nice to meet you, {name}! How can I help you?"), (
+        asked,
+        f"Your name is {name}.",
+    )
