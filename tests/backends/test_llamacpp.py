@@ -13,8 +13,9 @@ pytest.importorskip("xllamacpp")
 
 from rl_mlx.backends import open_backend
 from rl_mlx.backends.llamacpp import LlamaCppOptions
+from rl_mlx.backends.llamacpp import backend as module
 from rl_mlx.backends.llamacpp.backend import kv_types
-from rl_mlx.backends.llamacpp.model import KV
+from rl_mlx.backends.llamacpp.model import ALL_LAYERS, KV, layer_counts
 from rl_mlx.errors import (
     BackendUnavailable,
     FormatError,
@@ -222,6 +223,48 @@ def test_what_cannot_be_had_is_said(open_cpp: Any, stories: Path, shared: Path) 
     settings = ModelSettings(backend="llama.cpp", backend_options={"rpc": "localhost:1"})
     with pytest.raises(BackendUnavailable, match="RPC"):
         open_backend(ModelFiles("x", stories), settings)
+
+
+class Devices:
+    """A library that knows devices only; kind 0 is a CPU."""
+
+    def __init__(self, *kinds: int) -> None:
+        self._kinds = kinds
+
+    def devices(self) -> list[tuple[str, str, str, int, int, int]]:
+        return [("X", "", "", kind, 0, 0) for kind in self._kinds]
+
+
+def test_ever_fewer_layers_go_to_a_gpu_under_auto_only() -> None:
+    cpu, gpu = Devices(0), Devices(0, 1)
+
+    def counts(library: Any, layers: Any) -> list[int]:
+        return list(layer_counts(library, LlamaCppOptions(gpu_layers=layers)))
+
+    assert counts(cpu, "auto") == counts(cpu, "all") == [0]
+    assert counts(gpu, "all") == [ALL_LAYERS]
+    assert counts(gpu, 7) == counts(cpu, 7) == [7]
+    tried = counts(gpu, "auto")
+    assert tried == sorted(tried, reverse=True)
+    assert (tried[0], tried[-1]) == (ALL_LAYERS, 0)
+
+
+def test_a_full_gpu_means_fewer_layers_and_a_note(
+    open_cpp: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "layer_counts", lambda *_: iter((99, 3, 0)))
+    load = module.Model
+
+    def loads(library: Any, path: Path, options: Any, layers: int) -> Any:
+        if layers:
+            raise OutOfMemory(f"no room for {layers}")
+        return load(library, path, options, layers)
+
+    monkeypatch.setattr(module, "Model", loads)
+    assert open_cpp().info.notes[0] == "only 0 layers are on the GPU: no room for 3"
+    monkeypatch.setattr(module, "layer_counts", lambda *_: iter((99,)))
+    with pytest.raises(OutOfMemory, match="99"):
+        open_cpp()
 
 
 def test_types_of_the_cache() -> None:

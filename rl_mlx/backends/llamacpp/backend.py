@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence as Seq
+from contextlib import ExitStack, closing
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ from rl_mlx.backends.llamacpp.draft import Drafter, DraftModel, Lookup
 from rl_mlx.backends.llamacpp.engine import Engine
 from rl_mlx.backends.llamacpp.exported import gguf_of
 from rl_mlx.backends.llamacpp.library import Library, open_library
-from rl_mlx.backends.llamacpp.model import KV, Context, Model
+from rl_mlx.backends.llamacpp.model import KV, Context, Model, layer_counts, prepare
 from rl_mlx.backends.llamacpp.options import LlamaCppOptions
 from rl_mlx.backends.llamacpp.slots import Run, Slots
 from rl_mlx.backends.machine import cpu_name, memory_available, memory_total
@@ -61,17 +62,27 @@ class LlamaCppBackend(Backend):
         options = LlamaCppOptions.of(settings.backend_options)
         library = open_library()
         kv = kv_types(settings, options)
-        model = Model(library, gguf_of(files.path), options)
-        try:
-            return cls._start(library, model, files, settings, options, kv)
-        except BaseException:
-            model.close()
-            raise
+        path = gguf_of(files.path)
+        prepare(library, options)
+        full: OutOfMemory | None = None
+        for layers in layer_counts(library, options):
+            try:
+                with ExitStack() as opened:
+                    model = opened.enter_context(closing(Model(library, path, options, layers)))
+                    if full is not None:
+                        model.notes.append(f"only {layers} layers are on the GPU: {full}")
+                    backend = cls._start(library, model, files, settings, options, kv, opened)
+                    opened.pop_all()  # from here on the engine's thread closes them
+                    return backend
+            except OutOfMemory as error:
+                full = error
+        assert full is not None, "there is at least one count of layers"
+        raise full
 
     @classmethod
     def _start(
         cls, library: Library, model: Model, files: ModelFiles, settings: ModelSettings,
-        options: LlamaCppOptions, kv: KV,
+        options: LlamaCppOptions, kv: KV, opened: ExitStack,
     ) -> LlamaCppBackend:  # fmt: skip
         budget = parse_memory(settings.memory or "75%", memory_total())
         length = _length(model, settings, kv, budget)
@@ -80,7 +91,9 @@ class LlamaCppBackend(Backend):
             each = length * model.kv_bytes_per_token(kv)
             unified = options.parallel * each > (budget - model.nbytes) / 4
         drafter = _drafter(library, model, settings, options, length, unified=unified)
-        guesses = options.draft_tokens if drafter is not None else 0
+        if drafter is not None:
+            opened.callback(drafter.close)
+        guesses = (settings.draft_tokens or options.draft_tokens) if drafter is not None else 0
         context = Context(
             model, options, kv, length, options.parallel,
             unified=unified, outputs_per_sequence=1 + guesses,
@@ -230,8 +243,12 @@ def _drafter(
         )
     if settings.draft in {"lookup", "auto"}:
         return Lookup()
-    draft = Model(library, gguf_of(resolve(settings.draft).path), options)
-    return DraftModel(draft, model, options, length, unified=unified)
+    with ExitStack() as opened:
+        path = gguf_of(resolve(settings.draft).path)
+        draft = opened.enter_context(closing(Model(library, path, options, model.gpu_layers)))
+        drafter = DraftModel(draft, model, options, length, unified=unified)
+        opened.pop_all()
+    return drafter
 
 
 def _info(

@@ -162,6 +162,8 @@ class Engine:
     def _admit(self) -> None:
         while self._waiting and not self._crowded:
             run = self._waiting[0]
+            if not self._slots.has_idle:
+                return
             place = self._slots.find([*run.prompt, *run.answer])
             if place is None:
                 return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -52,18 +52,16 @@ class KV:
 class Model:
     """Weights and vocabulary. ``close`` frees them, after all contexts."""
 
-    def __init__(self, library: Library, path: Path, options: LlamaCppOptions) -> None:
+    def __init__(
+        self, library: Library, path: Path, options: LlamaCppOptions, gpu_layers: int
+    ) -> None:
         if not path.exists():
             raise ModelNotFound(f"no such file: {path}")
         self.library = library
         self.path = path
         self.notes: list[str] = []
         self._api = api = library.api
-        if options.numa:
-            api.llama_numa_init(NUMA[options.numa])
-        for endpoint in options.rpc:
-            _add_worker(library, endpoint)
-        self.gpu_layers = _wanted_layers(library, path, options)
+        self.gpu_layers = gpu_layers
         self.handle = self._load(options)
         if api.llama_model_has_encoder(self.handle):
             self.close()
@@ -80,22 +78,12 @@ class Model:
         )
 
     def _load(self, options: LlamaCppOptions) -> int:
-        """The handle; under ``auto`` with ever fewer layers on the GPU until they fit."""
-        while True:
-            params = _model_params(self.library, options, self.gpu_layers)
-            handle: int | None = self._api.llama_model_load_from_file(
-                str(self.path).encode(), params
-            )
-            reason = self.library.errors()
-            if handle is not None:
-                return handle
-            if self.gpu_layers == 0 or options.gpu_layers != "auto" or not _is_memory(reason):
-                raise _load_error(self.path, reason)
-            layers = min(self.gpu_layers, 256) // 2
-            self.notes.append(
-                f"the GPU's memory did not hold {self.gpu_layers} layers; trying {layers}"
-            )
-            self.gpu_layers = layers
+        params = _model_params(self.library, options, self.gpu_layers)
+        handle: int | None = self._api.llama_model_load_from_file(str(self.path).encode(), params)
+        reason = self.library.errors()
+        if handle is None:
+            raise _load_error(self.path, reason)
+        return handle
 
     def metadata(self, key: str) -> str:
         """A metadata value as text, empty where there is none."""
@@ -276,16 +264,25 @@ def _context_params(model: Model, options: LlamaCppOptions, kv: KV) -> ContextPa
     return params
 
 
-def _wanted_layers(library: Library, path: Path, options: LlamaCppOptions) -> int:
-    """Layers for the GPU: as asked; under ``auto`` all where the file fits into 90% of what is free
-    there.
+def prepare(library: Library, options: LlamaCppOptions) -> None:
+    """What is set once, before a model is loaded. Raises ``BackendUnavailable`` for a worker."""
+    if options.numa:
+        library.api.llama_numa_init(NUMA[options.numa])
+    for endpoint in options.rpc:
+        _add_worker(library, endpoint)
+
+
+def layer_counts(library: Library, options: LlamaCppOptions) -> Iterator[int]:
+    """How many layers to put on the GPU: what was asked for, or under ``auto`` all, then ever
+    fewer.
     """
     if isinstance(options.gpu_layers, int):
-        return options.gpu_layers
-    free = [device[4] for device in library.devices() if device[3] != 0]
-    if not free or options.gpu_layers == "all":
-        return ALL_LAYERS if free else 0
-    return ALL_LAYERS if path.stat().st_size < 0.9 * sum(free) else 64
+        yield options.gpu_layers
+        return
+    has_gpu = any(device[3] != 0 for device in library.devices())
+    yield ALL_LAYERS if has_gpu else 0
+    if has_gpu and options.gpu_layers == "auto":
+        yield from (64, 48, 32, 24, 16, 8, 4, 0)
 
 
 def _add_worker(library: Library, endpoint: str) -> None:
