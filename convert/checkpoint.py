@@ -118,8 +118,8 @@ class _Part:
 class ShardWriter:
     """The weights of a folder, in files of at most ``limit`` bytes.
 
-    A tensor is begun, written in pieces from its first row to its last, and ended by the next one's
-    beginning. Begun again, under another ``Holding``, it takes the place of the first try.
+    A tensor is begun, and written in pieces, in any order and by any thread. Begun again, under
+    another ``Holding``, it takes the place of the first try.
     """
 
     def __init__(self, folder: Path, names: Sequence[str], limit: int = SHARD_BYTES) -> None:
@@ -131,7 +131,6 @@ class ShardWriter:
         self._shards: list[list[_Part]] = []
         self._file: int | None = None
         self._current: list[_Part] = []
-        self._written: list[int] = []
 
     def begin(self, name: str, shape: tuple[int, ...], holding: Holding) -> None:
         """Make room for a tensor; what was written of one with the same name is forgotten."""
@@ -142,23 +141,22 @@ class ShardWriter:
         if self._file is None or (end and end + nbytes > self._limit):
             self._next()
             end = 0
-        self._current, self._written = [], []
+        self._current = []
         for array, dtype, dims, size in sizes:
             self._current.append(_Part(array, dtype, dims, end, size))
-            self._written.append(0)
             end += size
         self._shards[-1] += self._current
 
-    def write(self, piece: Tensor) -> None:
-        """The next rows of the tensor that was begun."""
+    def write(self, piece: Tensor, start: int, rows: int) -> None:
+        """Rows from ``start`` on of the ``rows`` of the tensor that was begun."""
         assert self._file is not None
         arrays = [piece.array] if isinstance(piece, Dense) else [piece.weight, piece.scales]
         if not isinstance(piece, Dense) and piece.biases is not None:
             arrays.append(piece.biases)
-        for i, (part, array) in enumerate(zip(self._current, arrays, strict=True)):
-            assert self._written[i] + array.nbytes <= part.nbytes
-            _write_at(self._file, array, 8 + self._room + part.start + self._written[i])
-            self._written[i] += array.nbytes
+        for part, array in zip(self._current, arrays, strict=True):
+            before = part.nbytes // rows * start
+            assert before + array.nbytes <= part.nbytes
+            _write_at(self._file, array, 8 + self._room + part.start + before)
 
     def finish(self, parameters: int) -> list[str]:
         """Write headers and index; returns the names of the files."""
@@ -189,7 +187,6 @@ class ShardWriter:
         if self._current and self._current[0].name == name:
             del self._shards[-1][-len(self._current) :]
             self._current = []
-        assert self._written == [part.nbytes for part in self._current] or not self._current
 
     def _end(self) -> int:
         """The byte after the last tensor of the open file."""

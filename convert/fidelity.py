@@ -18,7 +18,7 @@ flattered. Large tensors are measured on ``SAMPLE`` weights in rows spread over 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
@@ -31,7 +31,7 @@ from rl_mlx.convert.bits import WIDTHS, unpack
 from rl_mlx.convert.gguf.blocks import Lattice, block
 from rl_mlx.convert.gguf.repack import Container, container
 from rl_mlx.convert.gguf.types import GGMLType
-from rl_mlx.convert.pieces import Blocks, Holding, Piece, Source, Unfit, hold, values
+from rl_mlx.convert.pieces import Blocks, Holding, Piece, Source, Unfit, hold, joined, values
 from rl_mlx.convert.quantize import dequantize, group_scales, levels
 from rl_mlx.convert.weights import Dense, FloatType, Packed
 from rl_mlx.errors import InvalidRequest
@@ -195,27 +195,26 @@ class Sample:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.columns = source.columns
-        self._pieces = [source.read(a, b) for a, b in _runs(source.rows, source.columns)]
-        self._values = [values(piece) for piece in self._pieces]
-        self._signal = sum(_power(v) for v in self._values)
-        self._own = _total(own_noise(piece) for piece in self._pieces)
-        self._count = sum(v.size for v in self._values)
+        runs = _runs(source.rows, source.columns)
+        self._piece = joined([source.read(start, stop) for start, stop in runs])
+        self._values = values(self._piece)
+        self._signal = _power(self._values)
+        self._own = own_noise(self._piece)
 
     @property
     def ggml_type(self) -> GGMLType:
         """The type of a tensor of GGML blocks."""
-        first = self._pieces[0]
-        assert isinstance(first, Blocks)
-        return first.type
+        assert isinstance(self._piece, Blocks)
+        return self._piece.type
 
     @property
     def as_it_is(self) -> Holding:
         """The container that an array of a folder, or a plain float of a GGUF file, has already."""
-        first = self._pieces[0]
-        if isinstance(first, Packed):
-            return Holding(first.dtype, first.bits, first.group_size, first.mode)
-        assert isinstance(first, Dense)
-        return Holding(first.dtype)
+        piece = self._piece
+        if isinstance(piece, Packed):
+            return Holding(piece.dtype, piece.bits, piece.group_size, piece.mode)
+        assert isinstance(piece, Dense)
+        return Holding(piece.dtype)
 
     def choice(self, holdings: Sequence[Holding]) -> Choice:
         """``holdings`` as they are, each once; the first is measured."""
@@ -227,17 +226,16 @@ class Sample:
 
         A lossless one is taken at its word, for it is checked on every weight when it is made.
         """
+        count, wide = self._values.size, self._values
         if holding.lossless:
-            return Loss(self.source.weights, self._signal, 0.0, self._own, 0.0)
-        added, peak = 0.0, 0.0
-        for piece, wide in zip(self._pieces, self._values, strict=True):
-            try:
-                error = dequantize(hold(piece, holding)).reshape(wide.shape) - wide
-            except Unfit:
-                return Loss(self._count, self._signal, math.inf, self._own, math.inf)
-            added += _power(error)
-            peak = max(peak, float(np.abs(error[np.isfinite(error)]).max(initial=0)))
-        return Loss(self._count, self._signal, added, self._own, peak)
+            share = self.source.weights / count
+            own = None if self._own is None else share * self._own
+            return Loss(self.source.weights, share * self._signal, 0.0, own, 0.0)
+        try:
+            error = dequantize(hold(self._piece, holding)).reshape(wide.shape) - wide
+        except Unfit:
+            return Loss(count, self._signal, math.inf, self._own, math.inf)
+        return Loss(count, self._signal, _power(error), self._own, _peak(error))
 
 
 def _runs(rows: int, columns: int) -> list[tuple[int, int]]:
@@ -263,8 +261,11 @@ def own_noise(piece: Piece) -> float | None:
     kind = block(piece.type)
     assert isinstance(kind, Lattice)
     codes = kind.codes(np.ascontiguousarray(piece.raw).reshape(-1, kind.type_size))
-    cells = _cells(kind.levels)[codes.q].reshape(*codes.scale.shape, -1).sum(axis=-1)
-    noise = _power(codes.scale.astype(np.float64) * np.sqrt(cells))
+    cells = _cells(kind.levels)
+    noise = _power(codes.scale) * kind.group * float(cells[kind.levels[0]])
+    if np.ptp(cells[list(kind.levels)]):
+        each = cells[codes.q].reshape(*codes.scale.shape, -1).sum(axis=-1)
+        noise = _power(codes.scale * np.sqrt(each))
     rate = _RATES.get(piece.type)
     return noise if rate is None else max(noise, _power(kind.decode(piece.raw)) * 4**-rate)
 
@@ -299,11 +300,11 @@ def _noise_in_cells(points: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]
 
 def _power(array: npt.NDArray[np.floating]) -> float:
     """The sum of squares of what is finite."""
-    flat = array.reshape(-1).astype(np.float64, copy=False)
-    flat = flat[np.isfinite(flat)]
-    return float(flat @ flat)
+    power = float(np.square(array, dtype=np.float64).sum())  # no dot product: BLAS has threads
+    return power if math.isfinite(power) else _power(array[np.isfinite(array)])
 
 
-def _total(parts: Iterable[float | None]) -> float | None:
-    found: Sequence[float] = [part for part in parts if part is not None]
-    return sum(found) if found else None
+def _peak(array: npt.NDArray[np.floating]) -> float:
+    """The greatest magnitude of what is finite."""
+    peak = max(float(array.max(initial=0)), -float(array.min(initial=0)))
+    return peak if math.isfinite(peak) else _peak(array[np.isfinite(array)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -143,6 +143,27 @@ def _gguf_rows(weights: GGUFWeights, name: str) -> Callable[[int, int], Piece]:
         return tensor
 
     return matrix
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """Pieces of one tensor as one piece."""
+    first = pieces[0]
+    if len(pieces) == 1:
+        return first
+    if isinstance(first, Blocks):
+        return replace(first, raw=np.concatenate([p.raw for p in pieces if isinstance(p, Blocks)]))
+    if isinstance(first, Dense):
+        return replace(
+            first, array=np.concatenate([p.array for p in pieces if isinstance(p, Dense)])
+        )
+    packed = [p for p in pieces if isinstance(p, Packed)]
+    biases = [p.biases for p in packed if p.biases is not None]
+    return replace(
+        first,
+        weight=np.concatenate([p.weight for p in packed]),
+        scales=np.concatenate([p.scales for p in packed]),
+        biases=np.concatenate(biases) if biases else None,
+    )
 
 
 def values(piece: Piece) -> F32:

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from rl_mlx.convert.checkpoint import (
     staged,
     write_json,
 )
+from rl_mlx.convert.chunks import THREADS
 from rl_mlx.convert.digest import digest
 from rl_mlx.convert.fidelity import Choice, Fidelity, Loss, measure
 from rl_mlx.convert.folder import FolderWeights
@@ -42,7 +44,8 @@ from rl_mlx.convert.weights import FloatType
 from rl_mlx.errors import FormatError, InvalidRequest, UnsupportedModel
 
 OnProgress = Callable[[int, int], None]
-_SLICE = 1 << 23  # weights worked on at a time: 32 MB as float32
+_SLICE = 1 << 20  # weights that a thread works on at a time: they stay in its cache
+_BATCH = 16  # slices after which the pages that were read are given back
 _MARGIN = 64 << 20  # bytes for tokenizer, headers and the file system's own
 # Files of a folder that are copied, besides the weights: tokenizer, templates, licence.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -82,10 +85,12 @@ def convert(
     with closing(open_weights(source)) as weights:
         assert isinstance(weights, (GGUFWeights, FolderWeights))
         _check_paths(weights.path, destination)
-        with staged(destination, force=force) as folder:
-            return _Conversion(weights, options, folder, destination, progress).run(
-                shard_bytes, started
-            )
+        with (
+            staged(destination, force=force) as folder,
+            ThreadPoolExecutor(THREADS, "convert") as pool,
+        ):
+            work = _Conversion(weights, options, folder, destination, pool, progress)
+            return work.run(shard_bytes, started)
 
 
 @dataclass(frozen=True)
@@ -132,12 +137,14 @@ class _Conversion:
         options: _Options,
         folder: Path,
         destination: Path,
+        pool: Executor,
         progress: OnProgress | None,
     ) -> None:
         self._weights = weights
         self._options = options
         self._folder = folder
         self._destination = destination
+        self._pool = pool
         self._progress = progress or (lambda _done, _total: None)
         self._sources = [source(weights, name) for name in weights.names()]
         self._main = self._main_type()
@@ -146,8 +153,8 @@ class _Conversion:
     def run(self, shard_bytes: int, started: float) -> Report:
         self._check_family()
         notes = self._write_texts()
-        choices = [self._choose(s) for s in self._sources]
-        self._weights.release()
+        digested = self._pool.submit(digest, self._weights.files)
+        choices = list(self._pool.map(self._choose, self._sources))
         check_disk(self._destination, _MARGIN + sum(map(_room, self._sources, choices)))
         held = self._write_weights(choices, shard_bytes)
         config = mlx_config(
@@ -155,7 +162,7 @@ class _Conversion:
         )
         write_json(self._folder / "config.json", config)
         notes += _notes(config, [holding for _, holding, _ in held])
-        report = self._report(held, notes, time.perf_counter() - started)
+        report = self._report(held, digested.result(), notes, time.perf_counter() - started)
         write_json(self._folder / "rl_mlx.json", {"rl_mlx": __version__} | report.as_dict())
         return report
 
@@ -171,13 +178,15 @@ class _Conversion:
             shards.abandon()
         return held
 
-    def _report(self, held: list[_Held], notes: tuple[str, ...], seconds: float) -> Report:
+    def _report(
+        self, held: list[_Held], sha256: str, notes: tuple[str, ...], seconds: float
+    ) -> Report:
         options = self._options
         rms, peak, ratio = totals([(part.weights, loss) for part, _, loss in held])
         return Report(
             source=str(self._weights.path),
             destination=str(self._destination),
-            sha256=digest(self._weights.files),
+            sha256=sha256,
             fidelity=options.fidelity,
             scales=options.scales,
             quant=options.recipe.quant if options.recipe else None,
@@ -211,6 +220,12 @@ class _Conversion:
         return _FLOATS.get(counts.most_common(1)[0][0], "float32")
 
     def _choose(self, part: Source) -> Choice:
+        choice = self._rule(part)
+        self._weights.release()
+        return choice
+
+    def _rule(self, part: Source) -> Choice:
+        """The containers for a tensor, by what was asked for."""
         options = self._options
         wanted = options.recipe and options.recipe.holding(part.name, part.shape, options.scales)
         if wanted and (not part.packed or wanted.nbytes(part.weights) < part.nbytes):
@@ -229,15 +244,10 @@ class _Conversion:
 
     def _write(self, shards: ShardWriter, part: Source, choice: Choice) -> tuple[Holding, Loss]:
         """Write a tensor in the first container that fits it, and say which that is."""
-        step = max(1, _SLICE // max(part.columns, 1))
         for i, holding in enumerate(choice.holdings):
             shards.begin(part.name, part.shape, holding)
             try:
-                for start in range(0, part.rows, step):
-                    stop = min(start + step, part.rows)
-                    shards.write(hold(part.read(start, stop), holding))
-                    self._weights.release()
-                    self._tell(part.nbytes * stop // part.rows)
+                self._stream(shards, part, holding)
             except Unfit:
                 continue
             self._done += part.nbytes
@@ -245,6 +255,21 @@ class _Conversion:
         raise FormatError(
             f"{self._weights.path}: tensor {part.name!r} holds numbers that no MLX container holds"
         )
+
+    def _stream(self, shards: ShardWriter, part: Source, holding: Holding) -> None:
+        """Slices of a tensor, each read, held and written by one thread, in its cache."""
+        step = max(1, _SLICE // max(part.columns, 1))
+
+        def work(start: int) -> int:
+            stop = min(start + step, part.rows)
+            shards.write(hold(part.read(start, stop), holding), start, part.rows)
+            return stop
+
+        starts = range(0, part.rows, step)
+        for first in range(0, len(starts), _BATCH):
+            for stop in self._pool.map(work, starts[first : first + _BATCH]):
+                self._tell(part.nbytes * stop // part.rows)
+            self._weights.release()
 
     def _tell(self, of_this: int) -> None:
         self._progress(self._done + of_this, sum(s.nbytes for s in self._sources))
