@@ -23,6 +23,7 @@ from rl_mlx.text.detokenizer import Detokenizer
 from rl_mlx.text.tokenizer import Tokenizer
 from rl_mlx.types import (
     Chunk,
+    Event,
     Failed,
     Finished,
     Message,
@@ -56,6 +57,7 @@ class AsyncLLM:
         *,
         backend: str = "auto",
         draft: str | None = None,
+        draft_tokens: int | None = None,
         context: int | None = None,
         kv_bits: int | str | None = None,
         memory: int | str | None = None,
@@ -65,6 +67,7 @@ class AsyncLLM:
         settings = ModelSettings(
             backend=backend,
             draft=draft,
+            draft_tokens=draft_tokens,
             context=context,
             kv_bits=kv_bits,
             memory=memory,
@@ -236,7 +239,11 @@ class AsyncLLM:
                 continues = not is_turn and not self._tokenizer.special_ids.issuperset(prompt)
                 detokenizer = Detokenizer(self._tokenizer, continues=continues, shown=shown)
                 answers.append(Answer(detokenizer, params.stop, len(prompt)))
-                self._backend.submit(request, lambda event, i=index: channel.put((i, event)))
+
+                def emit(event: Event, index: int = index) -> None:
+                    channel.put((index, event))
+
+                self._backend.submit(request, emit)
                 running[index] = request.id
             while running:
                 index, event = await channel.get()
@@ -308,6 +315,7 @@ class LLM:
         *,
         backend: str = "auto",
         draft: str | None = None,
+        draft_tokens: int | None = None,
         context: int | None = None,
         kv_bits: int | str | None = None,
         memory: int | str | None = None,
@@ -317,6 +325,7 @@ class LLM:
         settings = ModelSettings(
             backend=backend,
             draft=draft,
+            draft_tokens=draft_tokens,
             context=context,
             kv_bits=kv_bits,
             memory=memory,

@@ -58,15 +58,17 @@ class ModelSettings:
     """How a model is loaded; the keyword arguments of ``LLM``.
 
     ``backend``: ``auto``, ``mlx``, ``llama.cpp`` or the URL of an OpenAI-compatible server.
-    ``draft``: a model reference, ``lookup``, ``auto`` or None. ``context``: tokens, None for the
-    model's own. ``kv_bits``: 8, 6, 4 or None for the compute type. ``memory``: a budget in bytes,
-    or a string such as ``"12GB"`` or ``"80%"``. ``dtype``: ``float32``, ``float16``, ``bfloat16``,
-    or None for what suits the device. ``backend_options``: what only one backend knows
-    (``LlamaCppOptions``, ``RemoteOptions``); a backend raises for an unknown one.
+    ``draft``: a model reference, ``lookup``, ``lookup+REFERENCE`` (both), ``auto`` or None;
+    ``draft_tokens`` a step, None for as many as pay. ``context``: tokens, None for the model's own.
+    ``kv_bits``: 8, 6, 4, or ``"8/4@512"`` (see ``KVFormat``), None for the compute type.
+    ``memory``: a budget in bytes, or a string such as ``"12GB"`` or ``"80%"``. ``dtype``:
+    ``float32``, ``float16``, ``bfloat16``, or None for what suits the device. ``backend_options``:
+    what only one backend knows (``LlamaCppOptions``, ``RemoteOptions``), which raises for others.
     """
 
     backend: str = "auto"
     draft: str | None = None
+    draft_tokens: int | None = None
     context: int | None = None
     kv_bits: int | str | None = None
     memory: int | str | None = None
@@ -81,6 +83,9 @@ class ModelSettings:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise InvalidRequest(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         KVFormat.parse(self.kv_bits)
+        tokens = self.draft_tokens
+        if tokens is not None and (not isinstance(tokens, int) or not 1 <= tokens <= 16):
+            raise InvalidRequest(f"draft_tokens must be between 1 and 16, not {tokens!r}")
         if self.context is not None and (type(self.context) is not int or self.context < 1):
             raise InvalidRequest(f"context must be at least 1 token, not {self.context!r}")
         if not isinstance(self.backend_options, Mapping):
@@ -154,7 +159,7 @@ def _read_file(path: Path, known: set[str]) -> dict[str, Any]:
 
 
 def _parse(name: str, text: str) -> Any:
-    if name != "context":
+    if name not in {"context", "draft_tokens"}:
         return text
     try:
         return int(text)

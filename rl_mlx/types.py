@@ -6,10 +6,11 @@ answers with ``Event``s, the last of which (``Finished`` or ``Failed``) is the o
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 from rl_mlx.errors import InvalidRequest, RlMlxError
 
@@ -50,6 +51,43 @@ _COUNTS: dict[str, int] = {
     "logprobs": 0,
 }
 MAX_LOGPROBS = 100
+
+
+GrammarKind = Literal["json_schema", "json_object", "regex", "lark", "gbnf"]
+MAX_GRAMMAR = 2**20
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer must be: its form is checked here, its meaning when it is compiled.
+
+    ``text`` is a JSON Schema (an object, draft 7 or 2020-12), a regular expression for the whole
+    answer, a Lark grammar (as llguidance has them) or a GBNF grammar (as llama.cpp has them);
+    ``json_object`` takes none. Raises ``InvalidRequest``.
+    """
+
+    kind: GrammarKind
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(GrammarKind):
+            kinds = ", ".join(get_args(GrammarKind))
+            raise InvalidRequest(f"unknown kind of grammar {self.kind!r}; known are {kinds}")
+        if not isinstance(self.text, str) or bool(self.text) == (self.kind == "json_object"):
+            raise InvalidRequest(
+                "a grammar of kind json_object has no text"
+                if self.kind == "json_object"
+                else f"a grammar of kind {self.kind} needs its text, not {self.text!r}"
+            )
+        if len(self.text) > MAX_GRAMMAR:
+            raise InvalidRequest(f"a grammar has at most {MAX_GRAMMAR} characters")
+        if self.kind == "json_schema":
+            try:
+                schema = json.loads(self.text)
+            except (ValueError, RecursionError) as error:
+                raise InvalidRequest(f"the JSON Schema is no JSON: {error}") from None
+            if not isinstance(schema, dict):
+                raise InvalidRequest("a JSON Schema must be an object")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +206,8 @@ class Timings:
     ``queued``: submission to the first prefill step. ``prefill``: from then to the first token.
     ``decode``: from the first token to the last. ``reused`` prompt tokens came from a prefix
     already in the cache; ``prefix_broke`` is the first one that was not known there, if one was not.
+    Of ``drafted`` tokens ``accepted`` were right; ``speculation_gain`` is the estimated speed with
+    drafts over that without.
     """
 
     queued: float = 0.0
@@ -180,6 +220,7 @@ class Timings:
     forwards: int = 0
     drafted: int = 0
     accepted: int = 0
+    speculation_gain: float = 1.0
 
     @property
     def first_token(self) -> float:

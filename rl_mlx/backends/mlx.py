@@ -14,17 +14,20 @@ import numpy as np
 import numpy.typing as npt
 
 from rl_mlx.backends.base import Backend, Emit, Stats, default_context
+from rl_mlx.backends.draft import find_draft
 from rl_mlx.backends.machine import memory_total
 from rl_mlx.cache.arena import Arena
 from rl_mlx.cache.governor import Governor, MLXDevice
 from rl_mlx.convert.open import open_weights
 from rl_mlx.convert.weights import FloatType, Weights
-from rl_mlx.engine.loop import Engine
-from rl_mlx.engine.runner import Model, Runner
+from rl_mlx.engine.loop import Engine, Parts
+from rl_mlx.engine.runner import Runner
 from rl_mlx.engine.scheduler import Scheduler
 from rl_mlx.engine.sequence import Sequence
+from rl_mlx.engine.speculate import Speculator
 from rl_mlx.errors import ContextOverflow, InvalidRequest
 from rl_mlx.model.load import is_ours, load_decoder
+from rl_mlx.model.model import Model
 from rl_mlx.sample.seeds import fresh_seed
 from rl_mlx.settings import DENSE_KV, KVFormat, ModelSettings, parse_memory
 from rl_mlx.store import ModelFiles
@@ -49,12 +52,12 @@ class MLXBackend(Backend):
     @classmethod
     def open(cls, files: ModelFiles, settings: ModelSettings) -> MLXBackend:
         """Load a model. Raises ``OutOfMemory`` before reading weights that would not fit."""
-        if settings.draft is not None:
-            raise InvalidRequest("draft= is not available on the MLX backend yet; leave it out")
         weights = open_weights(files.path)
         device = MLXDevice(memory_total())
         info = _info(files, settings, weights, device)
-        governor = Governor(device, info.memory_budget, info.weight_bytes, _scratch(info))
+        draft = find_draft(files, settings.draft)
+        held = info.weight_bytes + (draft.weight_bytes if draft else 0)
+        governor = Governor(device, info.memory_budget, held, _scratch(info))
         governor.check_weights(files.name)
         kv = KVFormat.parse(settings.kv_bits)
         if kv != DENSE_KV and not is_ours(weights.config):
@@ -64,14 +67,15 @@ class MLXBackend(Backend):
             )
         kv_bytes = Future[int]()
 
-        def start() -> tuple[Runner, Scheduler]:
+        def start() -> Parts:
             model = _load(weights, info, exact=settings.dtype == "float32")
             weights.close()
             runner = Runner(model, governor, CHUNK, kv)
             kv_bytes.set_result(_kv_bytes_per_token(runner.arena))
-            return runner, Scheduler(
-                max_rows=MAX_ROWS, queue_limit=QUEUE_LIMIT, admit=runner.admits
-            )
+            scheduler = Scheduler(max_rows=MAX_ROWS, queue_limit=QUEUE_LIMIT, admit=runner.admits)
+            proposer = draft and draft.load(info, governor)
+            speculator = Speculator(proposer, settings.draft_tokens) if proposer else None
+            return runner, scheduler, speculator
 
         put_back = governor.limit_device()
         try:
@@ -79,7 +83,9 @@ class MLXBackend(Backend):
         except BaseException:
             put_back()
             raise
-        return cls(engine, replace(info, kv_bytes_per_token=kv_bytes.result()), put_back)
+        notes = draft.notes(info) if draft else ()
+        info = replace(info, kv_bytes_per_token=kv_bytes.result(), notes=notes)
+        return cls(engine, info, put_back)
 
     def submit(self, request: Request, emit: Emit) -> None:
         """See ``Backend.submit``."""

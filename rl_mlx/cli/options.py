@@ -35,6 +35,9 @@ class ModelFlags:
     draft: Annotated[
         str | None, typer.Option(help="A draft model, or lookup.", metavar="MODEL")
     ] = None
+    draft_tokens: Annotated[
+        int | None, typer.Option(help="Draft so many tokens a step, 1 to 16.", metavar="N")
+    ] = None
     context: Annotated[
         int | None, typer.Option(help="Longest conversation in tokens.", metavar="N")
     ] = None

@@ -16,9 +16,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from rl_mlx.engine.pace import LONGEST
 from rl_mlx.engine.runner import Runner
 from rl_mlx.engine.scheduler import Decode, Prefill, Scheduler
 from rl_mlx.engine.sequence import Sequence
+from rl_mlx.engine.speculate import Speculator
 from rl_mlx.errors import EngineError, OutOfMemory, QueueFull, RlMlxError
 from rl_mlx.sample.sampler import Sampled
 
@@ -28,6 +30,9 @@ _TOO_SMALL = OutOfMemory(
     "the memory budget cannot hold this request's KV cache; set a larger one, use kv_bits, or "
     "shorten the request"
 )
+
+
+Parts = tuple[Runner, Scheduler, Speculator | None]
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,12 @@ class _Step:
 class Engine:
     """Runs ``start()``'s runner on a thread of its own; all else is asked for by message."""
 
-    def __init__(self, start: Callable[[], tuple[Runner, Scheduler]]) -> None:
+    def __init__(self, start: Callable[[], Parts]) -> None:
         """Waits until ``start`` has returned on the engine's thread; raises its exception."""
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._sequences: dict[str, Sequence] = {}
         self._pending: _Step | None = None
+        self._read_at = 0.0
         self._closed = False
         self._lock = threading.Lock()
         ready: Future[None] = Future()
@@ -102,9 +108,9 @@ class Engine:
 
     # On the engine's thread.
 
-    def _main(self, start: Callable[[], tuple[Runner, Scheduler]], ready: Future[None]) -> None:
+    def _main(self, start: Callable[[], Parts], ready: Future[None]) -> None:
         try:
-            self._runner, self._scheduler = start()
+            self._runner, self._scheduler, self._speculator = start()
         except BaseException as error:  # noqa: BLE001  (the constructor's thread raises it)
             self._closed = True
             ready.set_exception(error)
@@ -175,20 +181,43 @@ class Engine:
         runner.save(sequence, tail=sequence.is_running)
 
     def _decode(self, work: Decode) -> None:
-        pending = self._pending
+        pending, runner, batch = self._pending, self._runner, work.batch
+        wants_draft = self._speculator is not None and self._speculator.wants(batch)
         if pending is not None and (
-            pending.batch != work.batch or self._runner.needs_tokens(work.batch)
+            pending.batch != batch or wants_draft or runner.needs_tokens(batch)
         ):
             self._collect()  # its tokens decide what is to run: plan again
             return
-        runner = self._runner
-        longest = max(runner.arena.lengths[: len(work.batch)])
-        if not self._make_room(runner.arena.rows, longest + 1, work.batch[-1]):
+        ahead = 1 + (LONGEST if wants_draft else 0)
+        longest = max(runner.arena.lengths[: len(batch)])
+        if not self._make_room(runner.arena.rows, longest + ahead, batch[-1]):
             return
+        if wants_draft and self._verify(batch):
+            return
+        if self._speculator is not None:
+            self._speculator.rest(batch)
         inputs = None if pending is None else pending.sampled.tokens
-        step = _Step(work.batch, runner.decode(work.batch, inputs))
+        step = _Step(batch, runner.decode(batch, inputs))
         self._collect()
         self._pending = step
+        if self._speculator is not None and pending is not None:
+            self._speculator.observe_plain(len(batch), time.perf_counter() - self._read_at)
+        self._read_at = time.perf_counter()
+
+    def _verify(self, batch: tuple[Sequence, ...]) -> bool:
+        """A step with a draft, if there is one."""
+        assert self._speculator is not None, "nothing to draft with"
+        started = time.perf_counter()
+        draft = self._speculator.draft(batch)
+        if draft is None:
+            return False
+        accepted, tokens = self._runner.verify(batch, draft)
+        self._speculator.observe(batch, draft, accepted, time.perf_counter() - started)
+        for sequence, came in zip(batch, tokens):
+            for token, logprob in came:
+                sequence.take(token, logprob)
+            self._settle(sequence)
+        return True
 
     def _make_room(self, rows: int, length: int, sequence: Sequence) -> bool:
         """Whether memory is there for the next step; if not, one sequence has given way for it.
@@ -201,6 +230,8 @@ class Engine:
         victim = self._scheduler.victim()
         if victim is not None:
             self._runner.leave(victim)
+            if self._speculator is not None:
+                self._speculator.forget(victim)
             self._scheduler.preempt(victim)
         elif not sequence.done:
             self._end(sequence, lambda s: s.fail(_TOO_SMALL))
@@ -217,10 +248,14 @@ class Engine:
         for sequence, (token, logprob) in zip(step.batch, read):
             sequence.in_flight -= 1
             sequence.take(token, logprob)
-            if sequence.done:
-                self._forget(sequence)
-            else:
-                self._runner.save(sequence)
+            self._settle(sequence)
+
+    def _settle(self, sequence: Sequence) -> None:
+        """After new tokens: an ended sequence goes, the blocks of another are kept."""
+        if sequence.done:
+            self._forget(sequence)
+        else:
+            self._runner.save(sequence)
 
     def _end(self, sequence: Sequence, how: Callable[[Sequence], Any]) -> None:
         how(sequence)
@@ -231,6 +266,8 @@ class Engine:
         read.
         """
         self._scheduler.remove(sequence)
+        if self._speculator is not None:
+            self._speculator.forget(sequence)
         self._sequences.pop(sequence.request.id, None)
         self._runner.leave(sequence)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -13,29 +12,14 @@ from rl_mlx.cache.arena import Arena, Piece
 from rl_mlx.cache.governor import Governor
 from rl_mlx.cache.prefix import BLOCK, PrefixTree
 from rl_mlx.engine.sequence import Sequence
-from rl_mlx.model.plan import CacheSpec
-from rl_mlx.model.step import Step
+from rl_mlx.model.model import Model
 from rl_mlx.sample.sampler import Row, Sampled, Sampler
+from rl_mlx.sample.verify import Draft
 from rl_mlx.settings import DENSE_KV, KVFormat
+from rl_mlx.types import TokenLogprob
 
 RESERVED = 256
 """Tokens of its answer that every sequence must have room for before another one starts."""
-
-
-class Model(Protocol):
-    """What the runner needs of a model: ours, or one of mlx-lm's through the adapter."""
-
-    dtype: mx.Dtype
-
-    @property
-    def cache_specs(self) -> Seq[CacheSpec]:
-        """What each layer keeps."""
-
-    def forward(self, tokens: mx.array, step: Step) -> mx.array:
-        """Hidden states ``[B, S, hidden]`` of tokens ``[B, S]``."""
-
-    def head(self, hidden: mx.array) -> mx.array:
-        """Logits ``[..., vocab]`` of hidden states."""
 
 
 class Runner:
@@ -142,6 +126,36 @@ class Runner:
             s.cached += 1
             s.forwards += 1
         return self._sample(batch, self._model.head(hidden[:, -1]))
+
+    def verify(
+        self, batch: tuple[Sequence, ...], draft: Draft
+    ) -> tuple[list[int], list[list[tuple[int, TokenLogprob | None]]]]:
+        """Check a draft in one forward: how many each accepts, and the tokens that each gets."""
+        last = mx.array([[s.answer[-1]] for s in batch])
+        length = draft.tokens.shape[1]
+        step = self.arena.begin(0, len(batch), length + 1)
+        hidden = self._model.forward(mx.concatenate([last, draft.tokens], axis=1), step)
+        sampler = self._sampler(batch)
+        guesses = np.array(draft.tokens).tolist() if sampler.needs_tokens else None
+        rows = [
+            [self._draft_row(s, guesses[b] if guesses else (), j) for j in range(length + 1)]
+            for b, s in enumerate(batch)
+        ]
+        accepted, sampled = sampler.verify(self._model.head(hidden), draft, rows)
+        mx.eval(accepted, *sampled.arrays())
+        counts = np.array(accepted).tolist()
+        self.arena.advance(0, [count + 1 for count in counts])
+        read = sampled.read([s.request.params for s in batch for _ in range(length + 1)])
+        tokens = []
+        for b, (s, count) in enumerate(zip(batch, counts)):
+            s.cached += count + 1
+            s.forwards += 1
+            tokens.append(read[b * (length + 1) :][: count + 1])
+        return counts, tokens
+
+    def _draft_row(self, s: Sequence, guess: Seq[int], place: int) -> Row:
+        answer = [*s.answer, *guess[:place]] if guess else s.answer
+        return Row(s.request.params, s.seed, s.prompt, answer, len(s.answer) + place)
 
     def needs_tokens(self, batch: tuple[Sequence, ...]) -> bool:
         """Whether sampling for this batch has to see all earlier tokens on the host."""

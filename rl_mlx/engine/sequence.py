@@ -48,6 +48,9 @@ class Sequence:
     first: float | None = None
     last: float | None = None
     forwards: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    gain: float = 1.0
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -124,4 +127,7 @@ class Sequence:
             prefix_broke=self.broke,
             generated=len(self.answer),
             forwards=self.forwards,
+            drafted=self.drafted,
+            accepted=self.accepted,
+            speculation_gain=self.gain,
         )

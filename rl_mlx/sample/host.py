@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rl_mlx.sample.adjust import changes, needs_tokens
-from rl_mlx.sample.seeds import uniform
+from rl_mlx.sample.seeds import XTC, uniform
 from rl_mlx.types import SamplingParams, TokenLogprob
 
 Floats = npt.NDArray[np.float32]
@@ -71,11 +71,10 @@ def _draw(logits: Floats, params: SamplingParams, seed: int, position: int) -> i
         kept = np.flatnonzero(weights >= floor)
         ids = kept if ids is None else ids[kept]
         weights = weights[kept]
-    # Two numbers a position: one for the draw, one for the coin of XTC.
-    if params.xtc_probability > 0 and uniform(seed, 2 * position + 1) < params.xtc_probability:
+    if params.xtc_probability > 0 and uniform(seed, position, XTC) < params.xtc_probability:
         weights = _exclude_top(weights, params.xtc_threshold)
     cumulative = np.cumsum(weights, dtype=np.float64)
-    target = uniform(seed, 2 * position) * cumulative[-1]
+    target = uniform(seed, position) * cumulative[-1]
     place = int(np.searchsorted(cumulative, target, side="right"))
     return place if ids is None else int(ids[place])
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from rl_mlx.sample.adjust import changes, needs_tokens
 from rl_mlx.sample.filters import apply_changes, filtered, pick
-from rl_mlx.sample.seeds import uniform
+from rl_mlx.sample.seeds import ACCEPT, DRAW, PROPOSE, XTC, uniform
+from rl_mlx.sample.verify import Draft, verify
 from rl_mlx.types import SamplingParams, TokenLogprob
 
 
@@ -60,7 +61,6 @@ class Sampler:
     """Samples for one batch composition; made anew when sequences join or leave."""
 
     def __init__(self, params: Sequence[SamplingParams]) -> None:
-        self._params = params
         self.needs_tokens = any(needs_tokens(p) for p in params)
         self._changes_logits = self.needs_tokens or any(p.logit_bias for p in params)
         self._greedy = all(p.temperature == 0 for p in params)
@@ -70,28 +70,66 @@ class Sampler:
     def sample(self, logits: mx.array, rows: Sequence[Row]) -> Sampled:
         """Choose for logits ``[B, V]``; nothing is evaluated here."""
         logits = logits.astype(mx.float32)
-        changed = logits
-        if self._changes_logits:
-            sparse = [changes(r.params, r.prompt, r.answer) for r in rows]
-            if any(sparse):
-                changed = apply_changes(logits, sparse)
-        tokens = mx.argmax(changed, axis=-1)
-        if not self._greedy:
-            tokens = mx.where(self._is_greedy, tokens, self._draw(changed, rows))
+        tokens, _ = self._choose(logits, rows, DRAW)
         return self._with_logprobs(logits, tokens)
 
-    @property
-    def _is_greedy(self) -> mx.array:
-        return mx.array([p.temperature == 0 for p in self._params])
+    def propose(self, logits: mx.array, rows: Sequence[Row]) -> tuple[mx.array, mx.array]:
+        """Draft tokens ``[B]`` from a draft model's logits, and those logits, filtered."""
+        return self._choose(logits.astype(mx.float32), rows, PROPOSE)
 
-    def _draw(self, logits: mx.array, rows: Sequence[Row]) -> mx.array:
-        # Two numbers a position: one for the draw, one for the coin of XTC.
-        uniforms = [uniform(r.seed, 2 * r.position) for r in rows]
+    def verify(
+        self, logits: mx.array, draft: Draft, rows: Sequence[Sequence[Row]]
+    ) -> tuple[mx.array, Sampled]:
+        """Check a draft against logits ``[B, K + 1, V]``; ``rows`` are those of each position.
+
+        How many tokens each row accepts ``[B]``, and what was sampled: the accepted draft tokens,
+        the one after them, and what comes behind it is of no use, ``[B, K + 1]``.
+        """
+        logits = logits.astype(mx.float32)
+        batch, length, vocab = logits.shape
+        flat = [row for each in rows for row in each]
+        changed = self._changed(logits.reshape(-1, vocab), flat)
+        best = mx.argmax(changed, axis=-1).reshape(batch, length)
+        target = changed
+        if not self._greedy:
+            target = self._filtered(changed, flat)
+        accepted, last = verify(
+            target.reshape(batch, length, vocab), best,
+            [each[0].params.temperature == 0 for each in rows], draft,
+            [[uniform(r.seed, r.position, ACCEPT) for r in each[:-1]] for each in rows],
+            [[uniform(r.seed, r.position, DRAW) for r in each] for each in rows],
+        )  # fmt: skip
+        tokens = mx.concatenate([draft.tokens, last[:, None]], axis=1)
+        tokens = mx.put_along_axis(tokens, accepted[:, None], last[:, None], axis=1)
+        sampled = self._with_logprobs(logits.reshape(-1, vocab), tokens.reshape(-1))
+        return accepted, sampled
+
+    def _choose(
+        self, logits: mx.array, rows: Sequence[Row], purpose: int
+    ) -> tuple[mx.array, mx.array]:
+        changed = self._changed(logits, rows)
+        tokens = mx.argmax(changed, axis=-1)
+        if self._greedy:
+            return tokens, changed
+        kept = self._filtered(changed, rows)
+        drawn = pick(kept, [uniform(r.seed, r.position, purpose) for r in rows])
+        is_greedy = mx.array([r.params.temperature == 0 for r in rows])
+        return mx.where(is_greedy, tokens, drawn), kept
+
+    def _changed(self, logits: mx.array, rows: Sequence[Row]) -> mx.array:
+        """After penalties, bias and DRY."""
+        if not self._changes_logits:
+            return logits
+        sparse = [changes(r.params, r.prompt, r.answer) for r in rows]
+        return apply_changes(logits, sparse) if any(sparse) else logits
+
+    def _filtered(self, logits: mx.array, rows: Sequence[Row]) -> mx.array:
         xtc = [
-            p.xtc_probability > 0 and uniform(r.seed, 2 * r.position + 1) < p.xtc_probability
-            for p, r in zip(self._params, rows)
+            r.params.xtc_probability > 0
+            and uniform(r.seed, r.position, XTC) < r.params.xtc_probability
+            for r in rows
         ]
-        return pick(filtered(logits, self._params, xtc), uniforms)
+        return filtered(logits, [r.params for r in rows], xtc)
 
     def _with_logprobs(self, logits: mx.array, tokens: mx.array) -> Sampled:
         if self._logprobs is None:

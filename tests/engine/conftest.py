@@ -12,6 +12,7 @@ from rl_mlx.engine.loop import Engine
 from rl_mlx.engine.runner import Runner
 from rl_mlx.engine.scheduler import Scheduler
 from rl_mlx.engine.sequence import Sequence
+from rl_mlx.engine.speculate import Speculator
 from rl_mlx.model.load import load_decoder
 from rl_mlx.settings import KVFormat
 from rl_mlx.types import Failed, Finished, Request, SamplingParams, Token
@@ -64,12 +65,25 @@ class Answer:
 class Harness:
     """``submit`` requests; ``runner`` and ``scheduler`` are there to be looked at."""
 
-    def __init__(self, decoder, *, rows=32, chunk=64, room=1 << 30, kv=None, queue=2000):
+    def __init__(
+        self,
+        decoder,
+        *,
+        rows=32,
+        chunk=64,
+        room=1 << 30,
+        kv=None,
+        queue=2000,
+        draft=None,
+        fixed=None,
+    ):
         self.governor = Governor(SimulatedDevice(room), room, weights=0)
 
         def start():  # arrays belong to the thread that makes them
             self.runner = Runner(decoder, self.governor, chunk, kv or KVFormat())
-            return self.runner, self.scheduler
+            proposer = draft and draft(decoder)
+            self.speculator = proposer and Speculator(proposer, fixed)
+            return self.runner, self.scheduler, self.speculator
 
         self.scheduler = Scheduler(
             max_rows=rows, queue_limit=queue, admit=lambda s: self.runner.admits(s)

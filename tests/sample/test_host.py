@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl_mlx.sample.host import choose
-from rl_mlx.sample.seeds import uniform
+from rl_mlx.sample.seeds import XTC, uniform
 from rl_mlx.types import SamplingParams
 
 VOCAB = 700  # more than what is sorted at first
@@ -38,7 +38,7 @@ def plainly(logits: npt.NDArray[np.float32], params: SamplingParams, seed: int) 
             before += w
         weights = dict(sorted(kept.items()))
     weights = {i: w for i, w in weights.items() if w >= params.min_p}
-    if params.xtc_probability and uniform(seed, 1) < params.xtc_probability:
+    if params.xtc_probability and uniform(seed, 0, XTC) < params.xtc_probability:
         total = sum(weights.values())
         above = {i: w for i, w in weights.items() if w >= params.xtc_threshold * total}
         least = min(above.values(), default=math.inf)

@@ -1,0 +1,289 @@
+"""Proposers of the tokens to come: the text itself, and a smaller model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as Seq
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from rl_mlx.cache.arena import Arena
+from rl_mlx.engine.pace import Costs, Pace
+from rl_mlx.engine.sequence import Sequence
+from rl_mlx.errors import InvalidRequest
+from rl_mlx.model.model import Model
+from rl_mlx.model.plan import StateSpec
+from rl_mlx.sample.sampler import Row, Sampler
+from rl_mlx.sample.verify import Draft
+
+Wanted = Seq[tuple[Sequence, int]]
+log = logging.getLogger(__name__)
+
+
+class Proposer(Protocol):
+    """Drafts tokens for sequences that are running."""
+
+    def propose(self, wanted: Wanted) -> Draft | None:
+        """At most so many tokens for each, in that order; None where there are none for any."""
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence is no longer running."""
+
+
+class Lookup:
+    """What followed the last three tokens (or two) when they came before (prompt lookup, Saxena
+    2023).
+    """
+
+    _LENGTHS = (3, 2)
+
+    def __init__(self) -> None:
+        self._seen: dict[Sequence, tuple[int, dict[tuple[int, ...], int]]] = {}
+
+    def propose(self, wanted: Wanted) -> Draft | None:
+        """Constant time a token: an index of n-grams grows with the sequence."""
+        return _certain([self.follow(sequence, count) for sequence, count in wanted])
+
+    def follow(self, sequence: Sequence, count: int) -> tuple[int, ...]:
+        """The guess for one sequence."""
+        known = sequence.known
+        done, index = self._seen.get(sequence, (0, {}))
+        fresh = sequence.tokens(max(0, done - 3), known)
+        first = max(0, done - 3)
+        # The n-gram at the very end is left out: it would hide the earlier one that is looked for.
+        for end in range(max(done, 2), known):
+            for n in self._LENGTHS:
+                if end - n >= first:
+                    index[fresh[end - n - first : end - first]] = end
+        self._seen[sequence] = known, index
+        for n in self._LENGTHS:
+            found = index.get(sequence.tokens(known - n, known)) if known >= n else None
+            if found is not None:
+                return sequence.tokens(found, min(found + count, known))
+        return ()
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop its index."""
+        self._seen.pop(sequence, None)
+
+
+def _certain(guesses: Seq[Seq[int]]) -> Draft | None:
+    """A draft of tokens that nothing was drawn for."""
+    longest = max(map(len, guesses))
+    if longest == 0:
+        return None
+    padded = [[*guess, *[0] * (longest - len(guess))] for guess in guesses]
+    return Draft(mx.array(padded), [len(g) for g in guesses])
+
+
+class DraftModel:
+    """A smaller model of the same vocabulary, with an arena of its own whose rows follow the
+    target's.
+    """
+
+    _CATCH_UP = 8  # tokens a row may lag behind and still be fed with the others
+
+    def __init__(self, model: Model, vocab: int, chunk: int = 512) -> None:
+        """``vocab``: the width of the target's logits. Raises ``InvalidRequest`` for a recurrent
+        model.
+        """
+        if any(isinstance(spec, StateSpec) for spec in model.cache_specs):
+            raise InvalidRequest(
+                "a recurrent model cannot be a draft: take one with attention alone"
+            )
+        self._model = model
+        self._vocab = vocab
+        self._chunk = chunk
+        self._arena = Arena(model.cache_specs, model.dtype, chunk)
+        self._owners: list[Sequence] = []
+        self._fed: dict[Sequence, tuple[int, list[int]]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its cache."""
+        return self._arena.nbytes
+
+    def propose(self, wanted: Wanted) -> Draft | None:
+        """One token after the other, for all rows at once, with each request's own sampler."""
+        counts = dict(wanted)
+        self._settle([s for s, count in wanted if count])
+        sampler = Sampler([s.request.params for s in self._owners])
+        drafted: list[list[int]] = [[] for _ in self._owners]
+        tokens, found, logits = self._catch_up(), [], []
+        for step in range(max(counts.values())):
+            rows = [_row(s, d) for s, d in zip(self._owners, drafted)]
+            token, kept = sampler.propose(self._head(tokens), rows)
+            found.append(token)
+            logits.append(kept)
+            if sampler.needs_tokens:
+                for each, value in zip(drafted, np.array(token).tolist()):
+                    each.append(value)
+            else:
+                for each in drafted:
+                    each.append(0)  # only their number counts
+            if step + 1 < max(counts.values()):
+                tokens = token[:, None]
+        return self._draft(found, logits, counts)
+
+    def _draft(
+        self,
+        found: list[mx.array],
+        logits: list[mx.array],
+        counts: dict[Sequence, int],
+    ) -> Draft:
+        """In the order that was asked for; who wanted none gets another's, of which none count."""
+        rows = {s: row for row, s in enumerate(self._owners)}
+        places = mx.array([rows.get(s, 0) for s in counts])
+        tokens, kept = mx.stack(found, axis=1), mx.stack(logits, axis=1)
+        for s, guess in zip(self._owners, np.array(tokens).tolist()):
+            self._fed[s] = s.known, guess[:-1]  # the last one is drafted, and not fed
+        is_greedy = all(s.request.params.temperature == 0 for s in counts)
+        return Draft(tokens[places], list(counts.values()), None if is_greedy else kept[places])
+
+    def _head(self, tokens: mx.array) -> mx.array:
+        """Logits after ``tokens`` ``[rows, n]``, which every row is fed."""
+        count = tokens.shape[1]
+        hidden = self._model.forward(tokens, self._arena.begin(0, len(self._owners), count))
+        self._arena.advance(0, [count] * len(self._owners))
+        logits = self._model.head(hidden[:, -1])[:, : self._vocab]
+        missing = self._vocab - logits.shape[-1]  # rows that only pad the larger vocabulary
+        return (
+            mx.pad(logits, [(0, 0), (0, missing)], constant_values=-mx.inf) if missing else logits
+        )
+
+    def _settle(self, sequences: list[Sequence]) -> None:
+        """Rows for exactly these sequences, with what stays true of what they were fed."""
+        for owner in [o for o in self._owners if o not in sequences]:
+            self.forget(owner)
+        for s in sequences:
+            if s not in self._owners:
+                self._arena.add_row()
+                self._owners.append(s)
+                self._fed[s] = 0, []
+            known, guess = self._fed[s]
+            came = s.tokens(known, s.known)
+            right = next((i for i, (a, b) in enumerate(zip(guess, came)) if a != b), None)
+            right = min(len(guess), len(came)) if right is None else right
+            row = self._owners.index(s)
+            self._arena.lengths[row] = min(known + right, s.known - 1)
+
+    def _catch_up(self) -> mx.array:
+        """Feed what rows lack, the long lags alone; gives the last tokens of all, to be fed
+        together.
+        """
+        near = min(self._CATCH_UP, *(s.known for s in self._owners))
+        for row, s in enumerate(self._owners):
+            while s.known - self._arena.lengths[row] > near:
+                first = self._arena.lengths[row]
+                last = min(s.known - 1, first + self._chunk)
+                step = self._arena.begin(row, row + 1, last - first)
+                self._model.forward(mx.array(s.tokens(first, last))[None], step)
+                self._arena.advance(row, [last - first])
+                mx.eval(self._arena.arrays())
+        lag = max(s.known - n for s, n in zip(self._owners, self._arena.lengths))
+        self._arena.lengths[:] = [s.known - lag for s in self._owners]
+        return mx.array([s.tokens(s.known - lag, s.known) for s in self._owners])
+
+    def forget(self, sequence: Sequence) -> None:
+        """Give its row back."""
+        self._fed.pop(sequence, None)
+        if sequence not in self._owners:
+            return
+        row, last = self._owners.index(sequence), len(self._owners) - 1
+        self._arena.copy_row(last, row)
+        self._owners[row] = self._owners[last]
+        self._owners.pop()
+        self._arena.drop_row()
+
+
+def _row(sequence: Sequence, drafted: list[int]) -> Row:
+    """What the sampler needs to know before the next draft token."""
+    answer = [*sequence.answer, *drafted]
+    return Row(sequence.request.params, sequence.seed, sequence.prompt, answer, len(answer))
+
+
+class Both:
+    """The text where it has a guess for every sequence, else the model."""
+
+    def __init__(self, lookup: Lookup, model: DraftModel) -> None:
+        self._lookup = lookup
+        self._model = model
+
+    def propose(self, wanted: Wanted) -> Draft | None:
+        """See ``Proposer.propose``."""
+        found = self._lookup.propose(wanted)
+        if found is not None and all(n for n, (_, count) in zip(found.counts, wanted) if count):
+            return found
+        return self._model.propose(wanted)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Forgotten by both."""
+        self._lookup.forget(sequence)
+        self._model.forget(sequence)
+
+
+class Speculator:
+    """Drafts for a batch: a proposer, and a pace for each sequence."""
+
+    def __init__(self, proposer: Proposer, fixed: int | None = None) -> None:
+        """``fixed`` is a draft length for all, instead of one that follows what was measured."""
+        self._proposer = proposer
+        self._fixed = fixed
+        self._costs = Costs()
+        self._paces: dict[Sequence, Pace] = {}
+        self._failed = False
+
+    def wants(self, batch: Seq[Sequence]) -> bool:
+        """Whether some sequence may be worth a draft now; to judge it, plain steps come first."""
+        if self._failed or (self._fixed is None and not self._costs.knows_plain(len(batch))):
+            return False
+        return any(self._pace(s).awake for s in batch)
+
+    def draft(self, batch: Seq[Sequence]) -> Draft | None:
+        """A draft for the batch, a row a sequence; None where a plain step is better."""
+        wanted = []
+        for s in batch:
+            pace = self._pace(s)
+            length = pace.length(len(batch)) if pace.awake else 0
+            wanted.append((s, max(0, min(length, s.limit - len(s.answer) - 1))))
+        if not any(count for _, count in wanted):
+            return None
+        try:
+            return self._proposer.propose(wanted)
+        except Exception:
+            log.warning("drafting failed; going on without it", exc_info=True)
+            self._failed = True
+            return None
+
+    def rest(self, batch: Seq[Sequence]) -> None:
+        """The batch takes a plain step."""
+        for s in batch:
+            self._pace(s).rest()
+
+    def observe_plain(self, batch: int, seconds: float) -> None:
+        """A plain step took so long."""
+        self._costs.observe(batch, 0, seconds)
+
+    def observe(
+        self, batch: Seq[Sequence], draft: Draft, accepted: Seq[int], seconds: float
+    ) -> None:
+        """A step with a draft took so long, drafting included."""
+        self._costs.observe(len(batch), draft.tokens.shape[1], seconds)
+        for s, count, right in zip(batch, draft.counts, accepted):
+            pace = self._pace(s)
+            pace.observe(count, right)
+            s.drafted += count
+            s.accepted += right
+            s.gain = pace.gain
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence is no longer running."""
+        self._paces.pop(sequence, None)
+        self._proposer.forget(sequence)
+
+    def _pace(self, sequence: Sequence) -> Pace:
+        if sequence not in self._paces:
+            self._paces[sequence] = Pace(self._costs, self._fixed)
+        return self._paces[sequence]
