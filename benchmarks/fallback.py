@@ -132,10 +132,10 @@ class Side:
         self._process.start()
         self._pipe.recv()  # it is loaded
 
-    def run(self, prompts: list[Prompt], tokens: int) -> list[Timed]:
-        """Answers of prompts that are sent together."""
+    def run(self, prompts: list[Prompt], tokens: int) -> tuple[list[Timed], float]:
+        """Answers of prompts that are sent together, and the seconds of CPU they took."""
         self._pipe.send((prompts, tokens))
-        answers: list[Timed] = self._pipe.recv()
+        answers: tuple[list[Timed], float] = self._pipe.recv()
         return answers
 
     def close(self) -> None:
@@ -155,34 +155,40 @@ def _serve(kind: str, path: Path, threads: int, context: int, pipe: Connection) 
         runner = Theirs(path, threads, context, PARALLEL, BATCH)
     pipe.send(0)
     while True:
-        pipe.send(runner.run(*pipe.recv()))
+        work = pipe.recv()
+        begun = time.process_time()
+        answers = runner.run(*work)
+        pipe.send((answers, time.process_time() - begun))
 
 
 def speeds(
     sides: dict[str, Side], prompts: Callable[[], list[Prompt]], tokens: int, rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Median tokens per second in all and median milliseconds to the first token, by side."""
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    """Medians by side; ``ratio`` holds the medians of each round's ratios (difference, for times).
+
+    CPU time a token says most where other programs take part of the machine.
+    """
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
         order = list(sides.items())
         same = prompts()
         for name, side in order if turn % 2 else reversed(order):
-            answers = side.run(same, tokens)
-            rate = sum(a.tokens for a in answers) / max(a.total for a in answers)
+            answers, cpu = side.run(same, tokens)
+            made = sum(a.tokens for a in answers)
             first = statistics.median(a.first for a in answers)
             if turn:  # the first round warms up
-                found[name].append((rate, first * 1000))
-    pairs = list(zip(*found.values(), strict=True))
+                rate = made / max(a.total for a in answers)
+                found[name].append((rate, first * 1e3, cpu / made * 1e6))
+    columns = ("tokens/s", "first ms", "cpu us/token")
     table = {
-        name: {
-            "tokens/s": statistics.median(r for r, _ in runs),
-            "first ms": statistics.median(f for _, f in runs),
-        }
+        name: dict(zip(columns, map(statistics.median, zip(*runs, strict=True)), strict=True))
         for name, runs in found.items()
     }
+    pairs = list(zip(*found.values(), strict=True))
     table["ratio"] = {
         "tokens/s": statistics.median(a[0] / b[0] for a, b in pairs),
         "first ms": statistics.median(a[1] - b[1] for a, b in pairs),
+        "cpu us/token": statistics.median(a[2] / b[2] for a, b in pairs),
     }
     return table
 
@@ -237,8 +243,8 @@ def main() -> None:
             print(f"{name}: {table:.2%}")
             continue
         for side, row in table.items():
-            first = f"{row['first ms']:+8.2f}" if side == "ratio" else f"{row['first ms']:8.2f}"
-            print(f"{name:10} {side:10} {row['tokens/s']:10.3f} tokens/s  {first} ms to the first")
+            values = [f"{value:10.3f} {column}" for column, value in row.items()]
+            print(f"{name:10} {side:10} {'  '.join(values)}")
 
 
 if __name__ == "__main__":

@@ -193,32 +193,36 @@ class Engine:
             self._read(part)
 
     def _plan(self) -> list[_Part]:
-        """Fill the batch."""
+        """Fill the batch: last tokens and their guesses, then prompts as far as there is room."""
         running = self._slots.running
         decoding = [s for s in running if s.is_decoding]
         guesses = self._guesses(decoding)
-        parts = []
+        chosen: list[tuple[Slot, list[int], int]] = []  # with the number of outputs
+        room = self._context.room
         for slot in decoding:
-            tokens = [*slot.pending(), *guesses.get(slot.id, ())][: self._context.room]
-            if not tokens:
-                break  # more sequences than a batch takes: the rest have their turn later
-            first = self._context.add(tokens, len(slot.tokens), slot.id, len(tokens))
-            parts.append(_Part(slot, tokens, 1, first))
+            tokens = [*slot.pending(), *guesses.get(slot.id, ())][:room]
+            if tokens:  # with more sequences than a batch takes, the rest have their turn later
+                chosen.append((slot, tokens, len(tokens)))
+                room -= len(tokens)
         for slot in running:
-            if slot.is_decoding or not self._context.room:
-                continue
-            pending = slot.pending()
-            tokens = pending[: self._context.room]
-            is_last = len(tokens) == len(pending)
-            index = self._context.add(tokens, len(slot.tokens), slot.id, int(is_last))
-            parts.append(_Part(slot, tokens, len(tokens), index if is_last else None))
-        return parts
+            if room and not slot.is_decoding:
+                pending = slot.pending()
+                chosen.append((slot, pending[:room], int(len(pending) <= room)))
+                room -= min(len(pending), room)
+        # llama.cpp computes together only sequences whose ids follow one another.
+        chosen.sort(key=lambda part: part[0].id)
+        return [self._add_part(*part) for part in chosen]
+
+    def _add_part(self, slot: Slot, tokens: list[int], outputs: int) -> _Part:
+        first = self._context.add(tokens, len(slot.tokens), slot.id, outputs)
+        sure = 1 if slot.is_decoding else len(tokens)
+        return _Part(slot, tokens, sure, first if outputs else None)
 
     def _guesses(self, decoding: list[Slot]) -> dict[int, list[int]]:
         if self._drafter is None or not decoding:
             return {}
         wanted = []
-        for slot in decoding:
+        for slot in sorted(decoding, key=lambda s: s.id):
             assert slot.run is not None, "decoding slots have a request"
             left = slot.run.limit - len(slot.run.answer) - 1
             if left > 0:
