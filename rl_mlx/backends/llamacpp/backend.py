@@ -16,8 +16,9 @@ from rl_mlx.backends.llamacpp.exported import gguf_of
 from rl_mlx.backends.llamacpp.library import Library, open_library
 from rl_mlx.backends.llamacpp.model import KV, Context, Model, layer_counts, prepare
 from rl_mlx.backends.llamacpp.options import LlamaCppOptions
-from rl_mlx.backends.llamacpp.slots import Run, Slots
+from rl_mlx.backends.llamacpp.slots import Slots
 from rl_mlx.backends.machine import cpu_name, memory_available, memory_total
+from rl_mlx.engine.sequence import Sequence
 from rl_mlx.errors import ContextOverflow, InvalidRequest, OutOfMemory, UnsupportedModel
 from rl_mlx.sample.seeds import fresh_seed
 from rl_mlx.settings import KVFormat, ModelSettings, parse_memory
@@ -122,7 +123,7 @@ class LlamaCppBackend(Backend):
             )
         wanted, seed = request.params.max_tokens, request.params.seed
         limit = room if wanted is None else min(wanted, room)
-        self._engine.submit(Run(request, emit, limit, fresh_seed() if seed is None else seed))
+        self._engine.submit(Sequence(request, emit, limit, fresh_seed() if seed is None else seed))
 
     def cancel(self, request_id: str) -> None:
         """See ``Backend.cancel``."""

@@ -18,7 +18,8 @@ from typing import TypeVar
 
 from rl_mlx.backends.llamacpp.draft import Drafter
 from rl_mlx.backends.llamacpp.model import CacheFull, Context
-from rl_mlx.backends.llamacpp.slots import Place, Run, Slot, Slots, occupy
+from rl_mlx.backends.llamacpp.slots import Place, Slot, Slots, occupy
+from rl_mlx.engine.sequence import Sequence
 from rl_mlx.errors import EngineError, OutOfMemory, QueueFull, RlMlxError
 from rl_mlx.sample.host import choose
 
@@ -57,7 +58,7 @@ class Engine:
         self._drafter = drafter
         self._draft_tokens = draft_tokens
         self._release = release
-        self._waiting: list[Run] = []
+        self._waiting: list[Sequence] = []
         self._crowded = False  # cells ran out: nobody enters before somebody leaves
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._closed = False
@@ -67,7 +68,7 @@ class Engine:
 
     # Called from any thread.
 
-    def submit(self, run: Run) -> None:
+    def submit(self, run: Sequence) -> None:
         """Queue a request. Raises ``QueueFull``, or ``EngineError`` after ``close``."""
         if len(self._waiting) >= QUEUE_LIMIT:
             raise QueueFull(f"{QUEUE_LIMIT} requests are waiting already; try again later")
@@ -139,7 +140,7 @@ class Engine:
                 return False
             message()
 
-    def _add(self, run: Run) -> None:
+    def _add(self, run: Sequence) -> None:
         if run.limit == 0:
             run.finish("length")
             return
@@ -170,7 +171,7 @@ class Engine:
             self._waiting.pop(0)
             self._enter(run, place)
 
-    def _enter(self, run: Run, place: Place) -> None:
+    def _enter(self, run: Sequence, place: Place) -> None:
         slot, source, length = place.slot, place.source, place.length
         if slot is not source:
             self._context.keep(slot.id, 0)

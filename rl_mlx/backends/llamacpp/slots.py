@@ -4,28 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from rl_mlx.engine.sequence import Sequence
-from rl_mlx.types import Timings
 
 WORTH_WAITING = 32
 """Tokens of a prefix under way that are worth waiting for, rather than computing them twice."""
-
-
-@dataclass(eq=False)
-class Run(Sequence):
-    """A request on its way, with what llama.cpp's engine counts besides."""
-
-    reused: int = 0
-    drafted: int = 0
-    accepted: int = 0
-
-    def timings(self) -> Timings:
-        """See ``Sequence.timings``."""
-        return replace(
-            super().timings(), reused=self.reused, drafted=self.drafted, accepted=self.accepted
-        )
 
 
 @dataclass(eq=False)
@@ -37,7 +21,7 @@ class Slot:
 
     id: int
     tokens: list[int] = field(default_factory=list)
-    run: Run | None = None
+    run: Sequence | None = None
     used: float = 0.0
 
     def pending(self) -> list[int]:
@@ -131,7 +115,7 @@ class Slots:
         return min(idle, key=lambda s: s.used, default=None)
 
 
-def occupy(slot: Slot, run: Run) -> None:
+def occupy(slot: Slot, run: Sequence) -> None:
     """Let a request use a slot from now on."""
     slot.run, slot.used = run, time.perf_counter()
 
