@@ -11,8 +11,9 @@ type has put on the weights it was made from:
   a weight leaves a Gaussian source of power ``P`` less noise than ``P * 4 ** -R`` (Shannon 1959),
   and that is taken where it is more.
 
-Both are the least that the type can have done, so the ratio of added noise to own noise is never
-flattered. Large tensors are measured on ``SAMPLE`` weights in rows spread over the whole.
+Encoders that look for the best scale end a little below, and codebooks above: on Gaussian weights
+the estimate is 0.5 to 1.4 times the noise that ggml's encoders make (a test says so). Large tensors
+are measured on ``SAMPLE`` weights, in rows spread over the whole.
 """
 
 from __future__ import annotations

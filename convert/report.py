@@ -112,7 +112,6 @@ _HEADS = ("tensor", "from", "to", "bits", "now", "rms error", "max error", "nois
 
 
 def _cells(name: str, source: str, container: str, part: TensorReport | Report) -> tuple[str, ...]:
-    ratio = part.noise_ratio
     return (
         name,
         source,
@@ -121,8 +120,14 @@ def _cells(name: str, source: str, container: str, part: TensorReport | Report) 
         f"{part.bits_after:.2f}",
         f"{part.rms:.1e}" if part.rms else "0",
         f"{part.max_error:.1e}" if part.max_error else "0",
-        "" if ratio is None else f"{100 * ratio:.2g}%",
+        _percent(part.noise_ratio),
     )
+
+
+def _percent(ratio: float | None) -> str:
+    if ratio is None:
+        return ""
+    return f"{100 * ratio:.2g}%" if ratio < 1 else f"{ratio:.3g}x"
 
 
 def tensor_report(source: Source, holding: Holding, loss: Loss) -> TensorReport:
