@@ -43,9 +43,9 @@ def staged(destination: Path, *, force: bool) -> Iterator[Path]:
     something is in the way (with ``force`` only a model folder is replaced, and after the new one
     is complete), and ``OutOfMemory`` where the disk is full.
     """
+    _sweep(destination)
     _check_free(destination, force=force)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(destination)
     part, old = (_beside(destination, end, os.getpid()) for end in ("part", "old"))
     try:
         part.mkdir()

@@ -309,12 +309,12 @@ def _notes(config: Mapping[str, Any], holdings: list[Holding]) -> tuple[str, ...
     """What people should know who run the folder elsewhere."""
     notes = []
     main = config["dtype"]
-    kinds = {holding.dtype for holding in holdings if holding.mode == "affine"}
-    if main != "float32" and len(kinds) > 1:
-        others = " and ".join(sorted(kinds - {main}))
+    kinds = sorted({holding.dtype for holding in holdings if holding.mode == "affine"})
+    if len(kinds) > 1:
+        narrow = main if main != "float32" else kinds[0]
         notes.append(
-            f"some tensors are {main}, some {others}: mlx-lm computes in float32 with them, "
-            f"which is slower; dtype={main!r} rounds plain floats to one type"
+            f"some tensors are {' and some '.join(kinds)}: mlx-lm computes in float32 with such a "
+            f"mixture, which is slower; dtype={narrow!r} rounds plain floats to one type"
         )
     if main == "float16" and str(config.get("model_type")).startswith("gemma"):
         notes.append("Gemma overflows float16 in mlx-lm; scales='bfloat16' is safe there")
