@@ -16,6 +16,7 @@ import numpy.typing as npt
 from rl_mlx.backends import open_backend
 from rl_mlx.backends.base import Backend, Stats
 from rl_mlx.errors import InvalidRequest
+from rl_mlx.sample.grammar import Compiler
 from rl_mlx.settings import ModelSettings
 from rl_mlx.store import resolve
 from rl_mlx.text.answer import Answer
@@ -88,6 +89,7 @@ class AsyncLLM:
         self._tokenizer = tokenizer
         self._waiting = waiting
         self._ids = (f"req-{n}" for n in itertools.count())
+        self._compiler = Compiler(tokenizer, backend.info.vocab)
 
     @property
     def info(self) -> ModelInfo:
@@ -230,11 +232,15 @@ class AsyncLLM:
         channel = self._waiting.channel()
         answers: list[Answer] = []
         running: dict[int, str] = {}
+        constraint = None
+        if params.grammar is not None:
+            constraint = await self._waiting.run(self._compiler.compile, params.grammar)
         try:
             for index, prompt in enumerate(prompts):
                 request = Request(
                     id=next(self._ids), prompt=tuple(prompt), params=params,
                     eos_ids=self._tokenizer.eos_ids,
+                    matcher=None if constraint is None else constraint.start(),
                 )  # fmt: skip
                 continues = not is_turn and not self._tokenizer.special_ids.issuperset(prompt)
                 detokenizer = Detokenizer(self._tokenizer, continues=continues, shown=shown)

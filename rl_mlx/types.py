@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, Protocol, TypedDict, get_args
 
 from rl_mlx.errors import InvalidRequest, RlMlxError
 
@@ -124,6 +124,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         for name, (low, high, closed) in _RANGES.items():
@@ -179,15 +180,39 @@ def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
     return stops
 
 
+class Matcher(Protocol):
+    """How far one answer has come in its grammar (``sample/grammar.py``)."""
+
+    def mask(self) -> Any:
+        """Tokens that may come next: uint32 ``[ceil(vocab / 32)]``, the lowest bit first."""
+
+    def advance(self, token: int) -> None:
+        """The answer goes on with this token."""
+
+    def forced(self) -> list[int]:
+        """The tokens that must come next."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the answer must end here."""
+
+    def copy(self) -> Matcher:
+        """One that goes its own way from here on."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a backend is asked to do: continue ``prompt`` (token ids, at least one)."""
+    """What a backend is asked to do: continue ``prompt`` (token ids, at least one).
+
+    ``matcher`` keeps the answer to ``params.grammar``, where there is one.
+    """
 
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams
     eos_ids: frozenset[int] = frozenset()
     priority: int = 0
+    matcher: Matcher | None = None
 
 
 @dataclass(frozen=True)
@@ -205,7 +230,7 @@ class Timings:
 
     ``queued``: submission to the first prefill step. ``prefill``: from then to the first token.
     ``decode``: from the first token to the last. ``reused`` prompt tokens came from a prefix
-    already in the cache; ``prefix_broke`` is the first one that was not known there, if one was not.
+    already in the cache; ``prefix_broke`` is the first one that was not known there, if any.
     Of ``drafted`` tokens ``accepted`` were right; ``speculation_gain`` is the estimated speed with
     drafts over that without.
     """

@@ -74,8 +74,7 @@ class MLXBackend(Backend):
             kv_bytes.set_result(_kv_bytes_per_token(runner.arena))
             scheduler = Scheduler(max_rows=MAX_ROWS, queue_limit=QUEUE_LIMIT, admit=runner.admits)
             proposer = draft and draft.load(info, governor)
-            speculator = Speculator(proposer, settings.draft_tokens) if proposer else None
-            return runner, scheduler, speculator
+            return runner, scheduler, Speculator(proposer, settings.draft_tokens)
 
         put_back = governor.limit_device()
         try:

@@ -351,6 +351,10 @@ def payload(request: Request, model: str, limit: int) -> dict[str, Any]:
     are not neutral.
     """
     params = request.params
+    if params.grammar is not None:
+        raise InvalidRequest(
+            "a server at a URL cannot be held to a grammar through token prompts; leave grammar out"
+        )
     body: dict[str, Any] = {
         "model": model,
         "prompt": list(request.prompt),

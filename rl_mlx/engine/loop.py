@@ -32,7 +32,7 @@ _TOO_SMALL = OutOfMemory(
 )
 
 
-Parts = tuple[Runner, Scheduler, Speculator | None]
+Parts = tuple[Runner, Scheduler, Speculator]
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class Engine:
 
     def _decode(self, work: Decode) -> None:
         pending, runner, batch = self._pending, self._runner, work.batch
-        wants_draft = self._speculator is not None and self._speculator.wants(batch)
+        wants_draft = self._speculator.wants(batch)
         if pending is not None and (
             pending.batch != batch or wants_draft or runner.needs_tokens(batch)
         ):
@@ -194,19 +194,17 @@ class Engine:
             return
         if wants_draft and self._verify(batch):
             return
-        if self._speculator is not None:
-            self._speculator.rest(batch)
+        self._speculator.rest(batch)
         inputs = None if pending is None else pending.sampled.tokens
         step = _Step(batch, runner.decode(batch, inputs))
         self._collect()
         self._pending = step
-        if self._speculator is not None and pending is not None:
+        if pending is not None:
             self._speculator.observe_plain(len(batch), time.perf_counter() - self._read_at)
         self._read_at = time.perf_counter()
 
     def _verify(self, batch: tuple[Sequence, ...]) -> bool:
         """A step with a draft, if there is one."""
-        assert self._speculator is not None, "nothing to draft with"
         started = time.perf_counter()
         draft = self._speculator.draft(batch)
         if draft is None:
@@ -230,8 +228,7 @@ class Engine:
         victim = self._scheduler.victim()
         if victim is not None:
             self._runner.leave(victim)
-            if self._speculator is not None:
-                self._speculator.forget(victim)
+            self._speculator.forget(victim)
             self._scheduler.preempt(victim)
         elif not sequence.done:
             self._end(sequence, lambda s: s.fail(_TOO_SMALL))
@@ -266,8 +263,7 @@ class Engine:
         read.
         """
         self._scheduler.remove(sequence)
-        if self._speculator is not None:
-            self._speculator.forget(sequence)
+        self._speculator.forget(sequence)
         self._sequences.pop(sequence.request.id, None)
         self._runner.leave(sequence)
 

@@ -12,11 +12,12 @@ from rl_mlx.cache.arena import Arena, Piece
 from rl_mlx.cache.governor import Governor
 from rl_mlx.cache.prefix import BLOCK, PrefixTree
 from rl_mlx.engine.sequence import Sequence
+from rl_mlx.errors import RlMlxError
 from rl_mlx.model.model import Model
 from rl_mlx.sample.sampler import Row, Sampled, Sampler
 from rl_mlx.sample.verify import Draft
 from rl_mlx.settings import DENSE_KV, KVFormat
-from rl_mlx.types import TokenLogprob
+from rl_mlx.types import Matcher, TokenLogprob
 
 RESERVED = 256
 """Tokens of its answer that every sequence must have room for before another one starts."""
@@ -138,8 +139,7 @@ class Runner:
         sampler = self._sampler(batch)
         guesses = np.array(draft.tokens).tolist() if sampler.needs_tokens else None
         rows = [
-            [self._draft_row(s, guesses[b] if guesses else (), j) for j in range(length + 1)]
-            for b, s in enumerate(batch)
+            _draft_rows(s, guesses[b] if guesses else None, length + 1) for b, s in enumerate(batch)
         ]
         accepted, sampled = sampler.verify(self._model.head(hidden), draft, rows)
         mx.eval(accepted, *sampled.arrays())
@@ -152,10 +152,6 @@ class Runner:
             s.forwards += 1
             tokens.append(read[b * (length + 1) :][: count + 1])
         return counts, tokens
-
-    def _draft_row(self, s: Sequence, guess: Seq[int], place: int) -> Row:
-        answer = [*s.answer, *guess[:place]] if guess else s.answer
-        return Row(s.request.params, s.seed, s.prompt, answer, len(s.answer) + place)
 
     def needs_tokens(self, batch: tuple[Sequence, ...]) -> bool:
         """Whether sampling for this batch has to see all earlier tokens on the host."""
@@ -233,7 +229,14 @@ class Runner:
 
     def _sample(self, batch: tuple[Sequence, ...], logits: mx.array) -> Sampled:
         rows = [
-            Row(s.request.params, s.seed, s.prompt, s.answer, len(s.answer) + s.in_flight)
+            Row(
+                s.request.params,
+                s.seed,
+                s.prompt,
+                s.answer,
+                len(s.answer) + s.in_flight,
+                s.request.matcher,
+            )
             for s in batch
         ]
         sampled = self._sampler(batch).sample(logits, rows)
@@ -263,6 +266,29 @@ class Runner:
             for i in range(0, len(ids), self._chunk)
         ]
         return np.concatenate(chunks)
+
+
+def _draft_rows(s: Sequence, guess: Seq[int] | None, count: int) -> list[Row]:
+    """What the sampler needs to know at each position of a draft; ``guess`` if it looks at it."""
+    rows = []
+    matcher = s.request.matcher
+    for place in range(count):
+        answer = s.answer if guess is None else [*s.answer, *guess[:place]]
+        at = len(s.answer) + place
+        rows.append(Row(s.request.params, s.seed, s.prompt, answer, at, matcher))
+        if matcher is not None and guess is not None and place < len(guess):
+            matcher = _after(matcher, guess[place])
+    return rows
+
+
+def _after(matcher: Matcher, token: int) -> Matcher | None:
+    """The grammar after one more token; None where that ends it or is not allowed, and rejected."""
+    try:
+        copy = matcher.copy()
+        copy.advance(token)
+    except RlMlxError:
+        return None
+    return None if copy.done else copy
 
 
 def _has_state(piece: Piece) -> bool:

@@ -96,9 +96,18 @@ class Sequence:
         if is_end or token in params.stop_token_ids:
             self.finish("stop")
             return
+        matcher = self.request.matcher
+        if matcher is not None:
+            try:
+                matcher.advance(token)
+            except RlMlxError as error:
+                self.fail(error)
+                return
         self.answer.append(token)
         self.emit(Token(token, logprob))
-        if len(self.answer) >= self.limit:
+        if matcher is not None and matcher.done:
+            self.finish("stop")
+        elif len(self.answer) >= self.limit:
             self.finish("length")
 
     def finish(self, reason: FinishReason) -> None:

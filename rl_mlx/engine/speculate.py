@@ -10,9 +10,9 @@ import mlx.core as mx
 import numpy as np
 
 from rl_mlx.cache.arena import Arena
-from rl_mlx.engine.pace import Costs, Pace
+from rl_mlx.engine.pace import LONGEST, Costs, Pace
 from rl_mlx.engine.sequence import Sequence
-from rl_mlx.errors import InvalidRequest
+from rl_mlx.errors import InvalidRequest, RlMlxError
 from rl_mlx.model.model import Model
 from rl_mlx.model.plan import StateSpec
 from rl_mlx.sample.sampler import Row, Sampler
@@ -204,6 +204,22 @@ def _row(sequence: Sequence, drafted: list[int]) -> Row:
     return Row(sequence.request.params, sequence.seed, sequence.prompt, answer, len(answer))
 
 
+def _room(sequence: Sequence) -> int:
+    """Tokens that may be drafted before the answer is as long as it may be."""
+    return max(0, min(LONGEST, sequence.limit - len(sequence.answer) - 1))
+
+
+def _forced(sequence: Sequence) -> list[int]:
+    """What the grammar leaves no choice about; an error in it is met when the mask is made."""
+    matcher = sequence.request.matcher
+    if matcher is None:
+        return []
+    try:
+        return matcher.forced()
+    except RlMlxError:
+        return []
+
+
 class Both:
     """The text where it has a guess for every sequence, else the model."""
 
@@ -227,8 +243,11 @@ class Both:
 class Speculator:
     """Drafts for a batch: a proposer, and a pace for each sequence."""
 
-    def __init__(self, proposer: Proposer, fixed: int | None = None) -> None:
-        """``fixed`` is a draft length for all, instead of one that follows what was measured."""
+    def __init__(self, proposer: Proposer | None = None, fixed: int | None = None) -> None:
+        """``fixed`` is a draft length for all, instead of one that follows what was measured.
+
+        Without a proposer only what a grammar forces is drafted.
+        """
         self._proposer = proposer
         self._fixed = fixed
         self._costs = Costs()
@@ -237,17 +256,26 @@ class Speculator:
 
     def wants(self, batch: Seq[Sequence]) -> bool:
         """Whether some sequence may be worth a draft now; to judge it, plain steps come first."""
-        if self._failed or (self._fixed is None and not self._costs.knows_plain(len(batch))):
+        if any(s.request.matcher is not None for s in batch):
+            return True
+        if (
+            self._proposer is None
+            or self._failed
+            or (self._fixed is None and not self._costs.knows_plain(len(batch)))
+        ):
             return False
         return any(self._pace(s).awake for s in batch)
 
     def draft(self, batch: Seq[Sequence]) -> Draft | None:
         """A draft for the batch, a row a sequence; None where a plain step is better."""
+        forced = [_forced(s)[: _room(s)] for s in batch]
+        if any(forced) or self._proposer is None or self._failed:
+            return _certain(forced)
         wanted = []
         for s in batch:
             pace = self._pace(s)
             length = pace.length(len(batch)) if pace.awake else 0
-            wanted.append((s, max(0, min(length, s.limit - len(s.answer) - 1))))
+            wanted.append((s, min(length, _room(s))))
         if not any(count for _, count in wanted):
             return None
         try:
@@ -281,7 +309,8 @@ class Speculator:
     def forget(self, sequence: Sequence) -> None:
         """The sequence is no longer running."""
         self._paces.pop(sequence, None)
-        self._proposer.forget(sequence)
+        if self._proposer is not None:
+            self._proposer.forget(sequence)
 
     def _pace(self, sequence: Sequence) -> Pace:
         if sequence not in self._paces:

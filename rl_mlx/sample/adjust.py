@@ -8,6 +8,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from rl_mlx.types import SamplingParams
 
 
@@ -81,3 +84,9 @@ def dry_penalties(params: SamplingParams, tokens: Sequence[int]) -> list[tuple[i
 
 def _last(tokens: Sequence[int], window: int) -> Sequence[int]:
     return tokens[-window:] if window else ()
+
+
+def allowed_tokens(mask: npt.NDArray[np.uint32], vocab_size: int) -> npt.NDArray[np.bool_]:
+    """A mask as one bool a token, ``[vocab_size]``; tokens past the mask are not allowed."""
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little", count=vocab_size)
+    return bits.astype(np.bool_)

@@ -25,8 +25,8 @@ from rl_mlx.text.tokenizer import Tokenizer
 from rl_mlx.types import Grammar
 
 Mask = npt.NDArray[np.uint32]
-# Between the tokens of JSON: without a bound, a lost model could write blank space for ever.
-_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
+# Between the tokens of JSON: a space, or a new line and its indent. A lost model writes blanks.
+_WHITESPACE = r"(\x20|\x0D?\x0A[\x20\x09]{0,20})"
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|x([89a-fA-F][0-9a-fA-F])|.)", re.S)
 _CACHED = 32
 
@@ -51,11 +51,14 @@ class Compiler:
         keyword's path.
         """
         with self._lock:
-            constraint = self._kept.pop(grammar, None) or Constraint(self._matcher(grammar))
+            constraint = self._kept.pop(grammar, None) or self._constraint(grammar)
             self._kept[grammar] = constraint
             if len(self._kept) > _CACHED:
                 self._kept.popitem(last=False)
             return constraint
+
+    def _constraint(self, grammar: Grammar) -> Constraint:
+        return Constraint(self._matcher(grammar), frozenset(self._vocabulary.eos_tokens))
 
     def _matcher(self, grammar: Grammar) -> llguidance.LLMatcher:
         try:
@@ -63,7 +66,10 @@ class Compiler:
         except UnicodeEncodeError:
             raise InvalidRequest("the grammar has lone surrogates, which are no text") from None
         if grammar.kind in ("json_schema", "json_object"):
-            return self._of_schema(json.loads(grammar.text or '{"type": "object"}'))
+            try:
+                return self._of_schema(json.loads(grammar.text or '{"type": "object"}'))
+            except RecursionError:
+                raise InvalidRequest("the JSON Schema cannot be used: nested too deep") from None
         if grammar.kind == "regex":
             source = llguidance.LLMatcher.grammar_from_regex(grammar.text)
         elif grammar.kind == "lark":
@@ -112,19 +118,23 @@ class Compiler:
 class Constraint:
     """A compiled grammar, from which any number of answers can start."""
 
-    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher, ends: frozenset[int]) -> None:
         self._matcher = matcher
+        self._ends = ends
 
     def start(self) -> Matcher:
         """For one answer, from its first token on."""
-        return Matcher(self._matcher.deep_copy())
+        return Matcher(self._matcher.deep_copy(), self._ends)
 
 
 class Matcher:
-    """How far one answer has come in its grammar."""
+    """How far one answer has come in its grammar. The token that ends it is one of its tokens."""
 
-    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher, ends: frozenset[int], past: int = 0) -> None:
         self._matcher = matcher
+        self._ends = ends
+        # An end after the last possible text, 0 or 1: llguidance takes it, but cannot take it back.
+        self._past = past
 
     def mask(self) -> Mask:
         """Which tokens may come next: uint32 ``[ceil(vocab / 32)]``, the lowest bit first.
@@ -139,18 +149,29 @@ class Matcher:
 
     def advance(self, token: int) -> None:
         """The answer goes on with ``token``, which the mask must allow (else ``EngineError``)."""
-        if not self._matcher.consume_token(token):
+        if _is_closed(self._matcher) and token in self._ends and not self._past:
+            self._past = 1
+        elif self._past or not self._matcher.consume_token(token):
             self._check()
             raise EngineError(f"token {token} does not follow the grammar")
 
     def allowed(self, tokens: Sequence[int]) -> int:
         """How many of ``tokens`` (a draft) may follow, one after the other."""
-        return int(self._matcher.validate_tokens(list(tokens)))
+        if self._past:
+            return 0
+        count = int(self._matcher.validate_tokens(list(tokens)))
+        if count < len(tokens) and tokens[count] in self._ends:
+            after = self._matcher.deep_copy()
+            after.try_consume_tokens(list(tokens[:count]))
+            count += _is_closed(after)
+        return count
 
     def rollback(self, count: int) -> None:
         """Take the last ``count`` tokens back."""
-        if count and not self._matcher.rollback(count):
+        past = min(self._past, count)
+        if count > past and not self._matcher.rollback(count - past):
             self._check()
+        self._past -= past
 
     def forced(self) -> list[int]:
         """The tokens that must come next, as far as the grammar leaves no choice."""
@@ -170,17 +191,16 @@ class Matcher:
 
     def copy(self) -> Matcher:
         """One that goes its own way from here on."""
-        return Matcher(self._matcher.deep_copy())
+        return Matcher(self._matcher.deep_copy(), self._ends, self._past)
 
     def _check(self) -> None:
         if self._matcher.is_error():
             raise EngineError(f"the grammar failed: {_reason(self._matcher.get_error())}")
 
 
-def allowed_tokens(mask: Mask, vocab_size: int) -> npt.NDArray[np.bool_]:
-    """A mask as one bool a token, ``[vocab_size]``; tokens past the mask are not allowed."""
-    bits = np.unpackbits(mask.view(np.uint8), bitorder="little", count=vocab_size)
-    return bits.astype(np.bool_)
+def _is_closed(matcher: llguidance.LLMatcher) -> bool:
+    """Whether no more text can follow, while the end is still to come."""
+    return bool(matcher.is_stopped()) and str(matcher.stop_reason()).startswith("NoExtension")
 
 
 class _Vocabulary:

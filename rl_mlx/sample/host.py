@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from rl_mlx.sample.adjust import changes, needs_tokens
+from rl_mlx.sample.adjust import allowed_tokens, changes, needs_tokens
 from rl_mlx.sample.seeds import XTC, uniform
-from rl_mlx.types import SamplingParams, TokenLogprob
+from rl_mlx.types import Matcher, SamplingParams, TokenLogprob
 
 Floats = npt.NDArray[np.float32]
 _FEW = 512  # a nucleus is nearly always smaller than this, and sorting all of a vocabulary is slow
@@ -27,6 +27,7 @@ def choose(
     seed: int,
     prompt: Sequence[int],
     answer: Sequence[int],
+    matcher: Matcher | None = None,
 ) -> tuple[int, TokenLogprob | None]:
     """The next token after ``prompt`` and ``answer`` from logits ``[vocab]``, which stay as they
     are.
@@ -34,6 +35,9 @@ def choose(
     changed = logits
     if params.logit_bias or needs_tokens(params):
         changed = _changed(logits, params, prompt, answer)
+    if matcher is not None:
+        allowed = allowed_tokens(matcher.mask(), len(logits))
+        changed = np.where(allowed, changed, np.float32(-np.inf))
     if params.temperature == 0:
         token = int(changed.argmax())
     else:

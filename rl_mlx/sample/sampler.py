@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from rl_mlx.sample.adjust import changes, needs_tokens
+from rl_mlx.sample.adjust import allowed_tokens, changes, needs_tokens
 from rl_mlx.sample.filters import apply_changes, filtered, pick
 from rl_mlx.sample.seeds import ACCEPT, DRAW, PROPOSE, XTC, uniform
 from rl_mlx.sample.verify import Draft, verify
-from rl_mlx.types import SamplingParams, TokenLogprob
+from rl_mlx.types import Matcher, SamplingParams, TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Row:
     answer: Sequence[int]
     position: int
     """Index in the answer of the token to come; beyond ``len(answer)`` while some are under way."""
+    matcher: Matcher | None = None
+    """The answer's grammar, as far as it has come."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Sampler:
     """Samples for one batch composition; made anew when sequences join or leave."""
 
     def __init__(self, params: Sequence[SamplingParams]) -> None:
-        self.needs_tokens = any(needs_tokens(p) for p in params)
+        self.needs_tokens = any(needs_tokens(p) or p.grammar is not None for p in params)
         self._changes_logits = self.needs_tokens or any(p.logit_bias for p in params)
         self._greedy = all(p.temperature == 0 for p in params)
         wanted = [p.logprobs for p in params if p.logprobs is not None]
@@ -117,11 +119,20 @@ class Sampler:
         return mx.where(is_greedy, tokens, drawn), kept
 
     def _changed(self, logits: mx.array, rows: Sequence[Row]) -> mx.array:
-        """After penalties, bias and DRY."""
+        """After penalties, bias, DRY and the grammar."""
         if not self._changes_logits:
             return logits
         sparse = [changes(r.params, r.prompt, r.answer) for r in rows]
-        return apply_changes(logits, sparse) if any(sparse) else logits
+        changed = apply_changes(logits, sparse) if any(sparse) else logits
+        if all(r.matcher is None for r in rows):
+            return changed
+        mx.async_eval(logits)  # type: ignore[no-untyped-call]  # the device works meanwhile
+        vocab = logits.shape[-1]
+        allowed = [
+            np.ones(vocab, np.bool_) if m is None else allowed_tokens(m.mask(), vocab)
+            for m in (r.matcher for r in rows)
+        ]
+        return mx.where(mx.array(np.stack(allowed)), changed, -mx.inf)
 
     def _filtered(self, logits: mx.array, rows: Sequence[Row]) -> mx.array:
         xtc = [

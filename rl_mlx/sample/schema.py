@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from typing import Any
 
 _MAPS = ("properties", "patternProperties", "dependentSchemas")
@@ -23,6 +25,7 @@ _SINGLES = (
 _DEFINITIONS = ("$defs", "definitions")
 _ROOT = "_root"
 _MAX_TRIES = 300
+_MAX_WORK = 3_000_000  # characters given to trials, for a schema may be large
 
 Schema = dict[str, Any]
 
@@ -31,15 +34,24 @@ def locate(schema: Schema, error_of: Callable[[Schema], str | None]) -> tuple[st
     """The path of the keyword that makes ``error_of(schema)`` an error, and the error.
 
     Paths are JSON Pointers (RFC 6901). Descends as long as a part alone has the same error, then
-    looks for the keyword without which it is gone.
+    looks for the keyword without which it is gone. In a large schema the search ends early, with a
+    path above the keyword's.
     """
-    root = _moved(schema)
-    tries = 0
+    moved = _moved(schema)
+    tries = min(_MAX_TRIES, _MAX_WORK // len(json.dumps(schema)))
 
     def alone(part: Schema) -> str | None:
         nonlocal tries
-        tries += 1
-        return error_of({**_moved(part), _ROOT: root})
+        tries -= 1
+        return error_of({**_moved(part), _ROOT: moved})
+
+    def without(keyword: str) -> str | None:
+        nonlocal tries
+        tries -= 1
+        rest: Schema = deepcopy(schema)
+        part = resolve(rest, path)
+        del part[keyword]
+        return error_of({**_moved(part), _ROOT: _moved(rest)} if path else rest)
 
     message = error_of(schema) or ""
     path, node, seen = "", schema, {""}
@@ -48,13 +60,12 @@ def locate(schema: Schema, error_of: Callable[[Schema], str | None]) -> tuple[st
         found = False
         for where, child in _children(path, node, schema):
             known = where in seen or str(child.get("$ref", "none"))[1:] in seen
-            if not known and tries < _MAX_TRIES and alone(child) == message:
+            if not known and tries > 0 and alone(child) == message:
                 path, node, found = where, child, True
                 seen.add(where)
                 break
     for keyword in sorted(node, key="type".__eq__):  # which alone may switch the others off
-        rest = {key: value for key, value in node.items() if key != keyword}
-        if alone(rest) != message:
+        if tries > 0 and without(keyword) != message:
             return f"{path}/{_escape(keyword)}", message
     return path or "/", message
 

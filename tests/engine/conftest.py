@@ -82,7 +82,7 @@ class Harness:
         def start():  # arrays belong to the thread that makes them
             self.runner = Runner(decoder, self.governor, chunk, kv or KVFormat())
             proposer = draft and draft(decoder)
-            self.speculator = proposer and Speculator(proposer, fixed)
+            self.speculator = Speculator(proposer, fixed)
             return self.runner, self.scheduler, self.speculator
 
         self.scheduler = Scheduler(

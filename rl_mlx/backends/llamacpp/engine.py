@@ -245,7 +245,9 @@ class Engine:
         run.drafted += len(guesses)
         for step in range(len(guesses) + 1):
             logits = self._context.logits(part.first + step)
-            token, logprob = choose(logits, run.request.params, run.seed, run.prompt, run.answer)
+            token, logprob = choose(
+                logits, run.request.params, run.seed, run.prompt, run.answer, run.request.matcher
+            )
             run.take(token, logprob)
             if run.done or step == len(guesses) or token != guesses[step]:
                 break
