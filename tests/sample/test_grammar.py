@@ -399,8 +399,11 @@ def test_a_vocabulary_without_an_end(gpt2: tuple[Tokenizer, Compiler]) -> None:
 
 
 def test_blank_space_has_a_bound(gpt2: tuple[Tokenizer, Compiler]) -> None:
-    assert accepts(gpt2, Grammar("json_object"), "{" + " " * 40 + "}")
-    assert not accepts(gpt2, Grammar("json_object"), "{" + " " * 41 + "}")
+    pretty = json.dumps({"a": [1, {"b": {}}], "c": "d"}, indent=4)
+    for text in (pretty, pretty.replace("\n", "\r\n"), "{ }", "{\n" + " " * 20 + "}"):
+        assert accepts(gpt2, Grammar("json_object"), text)
+    for text in ("{  }", "{\n\n}", "{\n" + " " * 21 + "}", " {}", "{} "):
+        assert not accepts(gpt2, Grammar("json_object"), text)
 
 
 def test_many_threads_share_a_compiler(shared: Path, gpt2: tuple[Tokenizer, Compiler]) -> None:

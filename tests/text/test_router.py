@@ -130,7 +130,8 @@ CASES: dict[str, tuple[str, str]] = {
     "dsml": (
         "dsml",
         '<｜DSML｜function_calls>\n<｜DSML｜invoke name="get_weather">\n<｜DSML｜parameter'
-        ' name="city" string="true">Paris</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜function_calls>',
+        ' name="city" string="true">Paris</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+        "</｜DSML｜function_calls>",
     ),
     "minimax": (
         "minimax",
