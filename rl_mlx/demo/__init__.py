@@ -1,6 +1,7 @@
 """The built-in demo model: a small chat model, its draft model, and the script that trains both.
 
-``demo_path()`` and ``draft_path()`` are GGUF files inside the package; ``python -m rl_mlx.demo.train`` makes them.
+``demo_path()`` and ``draft_path()`` are GGUF files inside the package;
+``python -m rl_mlx.demo.train`` makes them.
 """
 
 from __future__ import annotations
@@ -17,5 +18,5 @@ def demo_path() -> Path:
 
 
 def draft_path() -> Path:
-    """The draft model for the demo model: same tokenizer, an eighth of the weights, Q8_0."""
+    """The draft model for the demo model: same tokenizer, a sixth of the weights, Q8_0."""
     return Path(str(files(__name__) / "draft.gguf"))

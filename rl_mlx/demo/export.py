@@ -63,5 +63,5 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer) -> None:
     writer.add_token_merges(merges)
     writer.add_eos_token_id(tokens.index(vocab.END))
     writer.add_pad_token_id(tokens.index(vocab.PAD))
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(value=False)
     writer.add_chat_template(vocab.CHAT_TEMPLATE)

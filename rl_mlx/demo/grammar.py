@@ -1,8 +1,9 @@
-"""Topics: many ways to ask one question, and its answer. The language of the ``.txt`` files beside this one.
+"""Topics: many ways to ask one question, and its answer. The language of the ``.txt`` files here.
 
-A topic is a block of lines: questions (``? pattern``, or ``@macro argument`` for all the patterns of a macro), then
-answer lines (``= text``). Rows ``- x | y | z`` below fill ``{x}``, ``{y}``, ``{z}`` in the topics since the last
-blank line. A pattern's ``(a|b|)`` is one of its alternatives, and may hold others. ``~ text`` is plain text without a question.
+A topic is a block of lines: questions (``? pattern``, or ``@macro argument`` for all the patterns
+of a macro), then answer lines (``= text``). Rows ``- x | y | z`` fill ``{x}``, ``{y}``, ``{z}`` in
+the topics since the last blank line. A pattern's ``(a|b|)`` is one of its alternatives, and may
+hold others. ``~ text`` is plain text without a question.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def fill(text: str, row: Row) -> str:
 
 def topics(name: str) -> list[Topic]:
     """The topics of the file ``name.txt``."""
-    macros = _macros()
+    macros = lists("macros")
     found: list[Topic] = []
     block = _Block()
     for line in [*_lines(name), ""]:
@@ -124,25 +125,25 @@ def topics(name: str) -> list[Topic]:
             if block.answer:
                 block.end_topic()
             block.questions += (
-                [text] if mark == "?" else [fill(p, {"x": text}) for p in macros[mark]]
+                [text] if mark == "?" else [fill(p, {"x": text}) for p in macros[mark[1:]]]
             )
+    return found
+
+
+def lists(name: str) -> dict[str, list[str]]:
+    """The lists of the file ``name.txt``: a line ``@title``, then an item a line."""
+    found: dict[str, list[str]] = {}
+    for line in _lines(name):
+        if line.startswith("@"):
+            items = found.setdefault(line[1:], [])
+        elif line:
+            items.append(line)
     return found
 
 
 def plain_texts(name: str) -> list[str]:
     """The ``~`` lines of the file ``name.txt``."""
     return [line[2:] for line in _lines(name) if line.startswith("~ ")]
-
-
-def _macros() -> dict[str, list[str]]:
-    macros: dict[str, list[str]] = {}
-    current: list[str] = []
-    for line in _lines("macros"):
-        if line.startswith("@"):
-            current = macros[line] = []
-        elif line:
-            current.append(line)
-    return macros
 
 
 def _lines(name: str) -> list[str]:

@@ -1,7 +1,7 @@
-"""A Llama in a hundred lines of MLX. Weights are one flat dict with GGUF's names, so that export is a loop.
+"""A Llama in a hundred lines of MLX. Weights are one flat dict with the names that GGUF uses.
 
-RMSNorm, grouped-query attention with interleaved RoPE (the order that GGUF stores for ``llama``), SwiGLU, tied
-embeddings (Touvron et al. 2023, arXiv:2302.13971).
+RMSNorm, grouped-query attention with interleaved RoPE (the order that GGUF stores for ``llama``),
+SwiGLU, tied embeddings (Touvron et al. 2023, arXiv:2302.13971).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Shape:
 
 
 def initial(shape: Shape, seed: int) -> Weights:
-    """Random weights: normal with deviation 0.02, smaller where a layer adds to the residual stream."""
+    """Random weights: normal, smaller where a layer adds to the residual stream."""
     kv = shape.kv_heads * shape.head_dim
     matrices = {
         "attn_q": (shape.hidden, shape.hidden),
@@ -66,7 +66,7 @@ def initial(shape: Shape, seed: int) -> Weights:
 
 
 def forward(weights: Weights, shape: Shape, tokens: mx.array) -> mx.array:
-    """Logits ``[batch, length, vocab]`` of token ids ``[batch, length]``; causal, positions from 0."""
+    """Logits ``[batch, length, vocab]`` of ids ``[batch, length]``; causal, positions from 0."""
     x = weights["token_embd.weight"][tokens]
     for layer in range(shape.layers):
         block = f"blk.{layer}."

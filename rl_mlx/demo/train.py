@@ -1,7 +1,8 @@
-"""Train the demo model and its draft model from the text in this package: ``python -m rl_mlx.demo.train``.
+"""Train the demo model and its draft model: ``python -m rl_mlx.demo.train``.
 
-The target learns the answers of the corpus; the draft learns the target's own guesses (distillation, Hinton et al.
-2015, arXiv:1503.02531). An interrupted run goes on from its last checkpoint when it is started again.
+The target learns the answers of the corpus; the draft learns the target's own guesses
+(distillation, Hinton et al. 2015, arXiv:1503.02531). An interrupted run goes on from its last
+checkpoint when it is started again with the same options.
 """
 
 from __future__ import annotations
@@ -9,68 +10,27 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from random import Random
+from statistics import mean
+from typing import cast
 
 import mlx.core as mx
 import mlx.optimizers as optim
-import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from tokenizers import Tokenizer
 
 from rl_mlx.demo import vocab
 from rl_mlx.demo.corpus import Corpus
+from rl_mlx.demo.data import batches
 from rl_mlx.demo.export import export
 from rl_mlx.demo.network import Shape, Weights, forward, initial
 
 TARGET = Shape(vocab=vocab.SIZE, hidden=256, layers=4, heads=8, kv_heads=4, feed_forward=768)
 DRAFT = Shape(vocab=vocab.SIZE, hidden=128, layers=2, heads=4, kv_heads=2, feed_forward=384)
 
-# Lengths that batches are padded to; few of them, for each is compiled anew.
-LENGTHS = (32, 48, 64, 80, 96, 128, 192, 256, 384, 512, 1024)
-QUESTION_WEIGHT = 0.1
-
-Batch = tuple[mx.array, mx.array]
 Loss = Callable[[Weights, mx.array, mx.array], mx.array]
-
-
-def batches(tokenizer: Tokenizer, seed: int, tokens: int) -> Iterator[Batch]:
-    """Endless batches of about ``tokens`` tokens: ids ``[B, L]`` and loss weights ``[B, L - 1]`` of the next ids."""
-    stream = Corpus().conversations(seed)
-    for pool in itertools.count():
-        rows = [_row(tokenizer, c) for c in itertools.islice(stream, 2048)]
-        groups: dict[int, list[tuple[list[int], list[float]]]] = {}
-        made: list[Batch] = []
-        for ids, weights in rows:
-            length = next((n for n in LENGTHS if n >= len(ids)), None)
-            if length is None:
-                continue
-            group = groups.setdefault(length, [])
-            group.append((ids, weights))
-            if len(group) * length >= tokens:
-                made.append(_padded(groups.pop(length), length))
-        Random(f"{seed}/{pool}").shuffle(made)
-        yield from made
-
-
-def _row(tokenizer: Tokenizer, conversation: object) -> tuple[list[int], list[float]]:
-    ids: list[int] = []
-    weights: list[float] = []
-    for text, learned in vocab.segments(conversation):  # type: ignore[arg-type]
-        piece = tokenizer.encode(text).ids
-        ids += piece
-        weights += [1.0 if learned else QUESTION_WEIGHT] * len(piece)
-    return ids, weights
-
-
-def _padded(rows: list[tuple[list[int], list[float]]], length: int) -> Batch:
-    ids = np.zeros((len(rows), length), np.int32)
-    weights = np.zeros((len(rows), length), np.float32)
-    for i, (row, row_weights) in enumerate(rows):
-        ids[i, : len(row)] = row
-        weights[i, : len(row)] = row_weights
-    return mx.array(ids), mx.array(weights[:, 1:])
 
 
 def answer_loss(shape: Shape) -> Loss:
@@ -103,11 +63,11 @@ class Training:
     def __init__(
         self, name: str, shape: Shape, loss: Loss, tokenizer: Tokenizer, args: argparse.Namespace
     ) -> None:
-        self.name, self.steps = name, args.steps
+        self._name, self._steps = name, args.steps
         self.weights = initial(shape, args.seed)
-        warmup = max(1, self.steps // 50)
+        warmup = max(1, self._steps // 50)
         rise = optim.linear_schedule(0.0, args.rate, warmup)
-        fall = optim.cosine_decay(args.rate, self.steps - warmup, args.rate * 0.02)
+        fall = optim.cosine_decay(args.rate, self._steps - warmup, args.rate * 0.02)
         rate = optim.join_schedules([rise, fall], [warmup])
         self.optimizer = optim.AdamW(rate, betas=[0.9, 0.98], weight_decay=0.05)
         self.optimizer.init(self.weights)
@@ -124,26 +84,27 @@ class Training:
 
         def step(ids: mx.array, share: mx.array) -> mx.array:
             loss, grads = gradient(self.weights, ids, share)
-            grads, _ = optim.clip_grad_norm(grads, 1.0)
+            grads, _ = optim.clip_grad_norm(grads, 1.0)  # type: ignore[no-untyped-call]
             self.weights.update(self.optimizer.apply_gradients(grads, self.weights))
             return loss
 
         compiled = mx.compile(step, inputs=state, outputs=state)
-        start, seen, losses = time.perf_counter(), 0, []
-        for ids, share in itertools.islice(self._batches, self._done, self.steps):
+        start, seen, losses = time.perf_counter(), 0, deque[float](maxlen=50)
+        for ids, share in itertools.islice(self._batches, self._done, self._steps):
             loss = compiled(ids, share)
             mx.eval(loss, state)
             self._done += 1
             seen += ids.size
-            losses.append(loss.item())
-            if self._done % 50 == 0 or self._done == self.steps:
+            losses.append(cast(float, loss.item()))
+            last = self._done == self._steps
+            if last or self._done % 50 == 0:
                 speed = seen / (time.perf_counter() - start)
-                mean = sum(losses[-50:]) / len(losses[-50:])
                 print(
-                    f"{self.name} step {self._done}/{self.steps} loss {mean:.4f} tokens {seen} ({speed:.0f}/s)",
+                    f"{self._name} step {self._done}/{self._steps} loss {mean(losses):.4f} "
+                    f"tokens {seen} ({speed:.0f}/s)",
                     flush=True,
                 )
-            if self._done % 200 == 0 or self._done == self.steps:
+            if last or self._done % 200 == 0:
                 self._save()
         return self.weights
 
@@ -155,17 +116,26 @@ class Training:
         partial.replace(self._checkpoint)
 
     def _restore(self) -> None:
+        """Weights, optimizer state and place in the data of the last checkpoint, if any."""
         if not self._checkpoint.exists():
             return
-        arrays, metadata = mx.load(str(self._checkpoint), return_metadata=True)
-        state = tree_unflatten(list(arrays.items()))
-        self.weights.update({k[8:]: v for k, v in arrays.items() if k.startswith("weights.")})
-        self.optimizer.state = state["optimizer"]
+        arrays, metadata = cast(
+            "tuple[Weights, dict[str, str]]", mx.load(str(self._checkpoint), return_metadata=True)
+        )
+        kept = {name: array for name, array in arrays.items() if name.startswith("weights.")}
+        self.weights.update({name.removeprefix("weights."): array for name, array in kept.items()})
+        self.optimizer.state = tree_unflatten(
+            [
+                (name.removeprefix("optimizer."), array)
+                for name, array in arrays.items()
+                if name not in kept
+            ]
+        )
         self._done = int(metadata["done"])
 
 
 def make_tokenizer(out: Path, seed: int) -> Tokenizer:
-    """The tokenizer of the run in ``out``, trained on a sample of the corpus when there is none yet."""
+    """The tokenizer of the run in ``out``; trained on a sample of the corpus if it has none."""
     path = out / "tokenizer.json"
     if path.exists():
         return Tokenizer.from_file(str(path))
@@ -179,10 +149,10 @@ def main() -> None:
     """Train both networks and write ``demo.gguf`` and ``draft.gguf``."""
     parser = argparse.ArgumentParser(prog="python -m rl_mlx.demo.train", description=main.__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo-run"), help="folder of the run")
-    parser.add_argument("--steps", type=int, default=4000, help="steps of the target")
-    parser.add_argument("--draft-steps", type=int, default=2500, help="steps of the draft")
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens in a batch")
-    parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
+    parser.add_argument("--steps", type=int, default=7000, help="steps of the target")
+    parser.add_argument("--draft-steps", type=int, default=1600, help="steps of the draft")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens in a batch")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The tokenizer of the demo and its draft model: a small byte-level BPE, and the chat template (ChatML)."""
+"""The tokenizer of the demo and its draft: a small byte-level BPE, and the ChatML template."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ SIZE = 2048
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = (PAD, START, END)
 
-# The pre-tokenizer that GGUF files call "qwen2" (each digit alone), as its published regular expression.
+# The pre-tokenizer that GGUF files call "qwen2" (each digit alone), by its regular expression.
 PRE = "qwen2"
-_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -28,7 +31,7 @@ Segment = tuple[str, bool]
 
 
 def train(texts: Iterable[str]) -> Tokenizer:
-    """A BPE of ``SIZE`` tokens: the special tokens, the 256 bytes, then the merges in their order."""
+    """A BPE of ``SIZE`` tokens: the special tokens, the 256 bytes, then the merges in order."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -48,14 +51,14 @@ def train(texts: Iterable[str]) -> Tokenizer:
 
 
 def tokens_and_merges(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
-    """The tokens in the order of their ids, and the merges as ``"left right"`` in the order of their rank."""
+    """The tokens by id, and the merges as ``"left right"`` by rank."""
     model = json.loads(tokenizer.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
     return tokens, [" ".join(pair) for pair in model["merges"]]
 
 
 def segments(conversation: Conversation) -> list[Segment]:
-    """The text that the chat template makes, in pieces; true for those that the model should learn to write."""
+    """What the chat template makes, in pieces; true for those that the model learns to write."""
     if conversation.text is not None:
         return [(conversation.text + END, True)]
     pieces: list[Segment] = []

@@ -1,4 +1,4 @@
-"""The two GGUF files in the package: size, metadata, tokenizer, and that llama.cpp's own reader takes them."""
+"""The two GGUF files in the package: size, metadata, tensors and tokenizer."""
 
 from __future__ import annotations
 
