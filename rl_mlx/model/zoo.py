@@ -34,6 +34,8 @@ def load_zoo(weights: Weights, dtype: FloatType) -> ZooModel:
         )
     from mlx_lm.utils import load_model  # noqa: PLC0415  (slow to import)
 
+    if mx.default_device() == mx.Device(mx.cpu):
+        mx.disable_compile()  # it runs a C++ compiler, which need not be there
     try:
         model, _ = load_model(weights.path, lazy=True, model_config=weights.config)
     except (ValueError, TypeError, KeyError) as error:
