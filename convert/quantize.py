@@ -21,7 +21,7 @@ from rl_mlx.convert.weights import Dense, FloatType, Mode, Packed, Tensor
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
-_CHUNK = 1 << 18
+_CHUNK = 1 << 20
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _SUBNORMAL = np.float32(2.0**-6)  # E4M3 below this has a fixed step of 2 ** -9
 
@@ -123,13 +123,9 @@ def _affine(groups: F32, bits: int) -> tuple[U8, F32, F32]:
 
 
 def _extremes(groups: F32) -> tuple[F32, F32]:
-    """Least and greatest of each row, halving the rows: NumPy is slow over short ones."""
-    low = high = groups
-    while high.shape[1] > 1:
-        half = high.shape[1] // 2
-        low = np.minimum(low[:, :half], low[:, half:])
-        high = np.maximum(high[:, :half], high[:, half:])
-    return low[:, 0], high[:, 0]
+    """Least and greatest of each row, by columns: NumPy is slow over short rows."""
+    columns = np.ascontiguousarray(groups.T)
+    return columns.min(axis=0), columns.max(axis=0)
 
 
 def _block_float(groups: F32, mode: Mode) -> tuple[U8, U8]:

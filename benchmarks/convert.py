@@ -1,0 +1,269 @@
+"""Converting, against copying, decoding and quantizing anew, and mlx-lm: seconds and peak memory.
+
+    python benchmarks/convert.py [--mb 500] [--runs 3] [--sizes 10 50 250 1000 2000] [--json]
+
+The models are synthetic llamas, written beside each other in a folder of their own (--folder) and
+removed. Every arm runs in a process of its own, in turn with the others; medians are shown. Times
+are of the work, not of starting Python. Peak memory is of the process, in MB.
+
+- ``cp``: the system's cp of the GGUF file; ``convert``: GGUF Q4_K_M to an MLX folder.
+- ``naive``: gguf-py decodes, mx.quantize packs (of the file's first --naive-mb, scaled to all).
+- ``q4`` and ``mlx-lm``: a bfloat16 folder to 4 bits, here and by mlx_lm.convert.
+- the last table: convert over sizes, in MB/s, which stay the same where cost is linear.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+HIDDEN, INNER, VOCAB, HEADS, KV = 2048, 5632, 4096, 16, 512
+_KINDS = gguf.GGMLQuantizationType
+_Q4, _Q6 = (_KINDS.Q4_K, 256, 144, (0, 2)), (_KINDS.Q6_K, 256, 210, (208,))
+_SHAPES = {
+    "attn_q": (HIDDEN, HIDDEN), "attn_k": (KV, HIDDEN), "attn_v": (KV, HIDDEN),
+    "attn_output": (HIDDEN, HIDDEN), "ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN),
+    "ffn_down": (HIDDEN, INNER),
+}  # fmt: skip
+_LAYER = sum(rows * columns for rows, columns in _SHAPES.values())
+
+ARMS = {
+    "convert": """
+from rl_mlx.convert import convert
+run = lambda: convert(source, out)
+""",
+    "q4": """
+from rl_mlx.convert import convert
+run = lambda: convert(source, out, quant="q4", scales="bfloat16")
+""",
+    "mlx-lm": """
+import importlib
+from pathlib import Path
+from mlx_lm.utils import load_config, load_model
+module = importlib.import_module("mlx_lm.convert")
+class Quiet:  # these models have no tokenizer, and no card
+    def save_pretrained(self, path): pass
+def load(path, **_):
+    return load_model(Path(path), lazy=True)[0], Quiet(), load_config(Path(path))
+module.load = load
+module.save.__globals__["create_model_card"] = lambda *_: None
+run = lambda: module.convert(source, out, quantize=True)
+""",
+    "naive": """
+import gguf, mlx.core as mx
+def run():
+    arrays, done = {}, 0
+    for tensor in gguf.GGUFReader(source).tensors:
+        values = mx.array(gguf.dequantize(tensor.data, tensor.tensor_type))
+        if values.ndim == 2:
+            bits = 8 if tensor.tensor_type.name == "Q6_K" else 4
+            for i, part in enumerate(mx.quantize(values, group_size=32, bits=bits)):
+                arrays[f"{tensor.name}.{i}"] = part
+        else:
+            arrays[tensor.name] = values
+        mx.eval(*arrays.values())
+        done += tensor.n_bytes
+        if done > limit:
+            break
+    mx.save_safetensors(out + ".safetensors", arrays)
+    return done
+""",
+}
+_FRAME = """
+import json, resource, sys, time
+source, out, limit = sys.argv[1], sys.argv[2], float(sys.argv[3])
+{arm}
+start = time.perf_counter()
+done = run()
+seconds = time.perf_counter() - start
+try:  # ru_maxrss counts the parent's memory on Linux
+    status = open("/proc/self/status").read()
+    peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+except OSError:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([seconds, peak, done if isinstance(done, int) else 0]))
+"""
+
+
+def write_gguf(path: Path, megabytes: float) -> None:
+    """A llama with the mixture of Q4_K_M: Q6_K for the head and half of v and down."""
+    layers = max(1, round((megabytes - 12) * 1e6 / (_LAYER * 0.6)))
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(layers)
+    writer.add_context_length(2048)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV * HEADS // HIDDEN)
+    writer.add_layer_norm_rms_eps(1e-5)
+
+    def add(name: str, rows: int, columns: int, *, wide: bool) -> None:
+        kind, size, width, halves = _Q6 if wide else _Q4
+        blocks = rng.integers(0, 256, (rows * columns // size, width), dtype=np.uint8)
+        for at in halves:
+            scales = rng.uniform(1e-4, 1e-3, len(blocks)).astype(np.float16)
+            blocks[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
+        writer.add_tensor(f"{name}.weight", blocks.reshape(rows, -1), raw_dtype=kind)
+
+    add("token_embd", VOCAB, HIDDEN, wide=False)
+    add("output", VOCAB, HIDDEN, wide=True)
+    writer.add_tensor("output_norm.weight", np.ones(HIDDEN, np.float32))
+    for i in range(layers):
+        for norm in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{i}.{norm}.weight", np.ones(HIDDEN, np.float32))
+        for name, shape in _SHAPES.items():
+            add(f"blk.{i}.{name}", *shape, wide=i % 2 == 0 and name in ("attn_v", "ffn_down"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_folder(path: Path, megabytes: float) -> None:
+    """The same llama in bfloat16, in one file."""
+    path.mkdir()
+    layers = max(1, round(megabytes * 1e6 / 2 / _LAYER))
+    names = {
+        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
+    for i in range(layers):
+        at = f"model.layers.{i}."
+        shapes |= {f"{at}{names[name]}.weight": shape for name, shape in _SHAPES.items()}
+        shapes |= {
+            f"{at}{n}.weight": (HIDDEN,) for n in ("input_layernorm", "post_attention_layernorm")
+        }
+    shapes["model.norm.weight"] = (HIDDEN,)
+    config = {
+        "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INNER,
+        "num_hidden_layers": layers, "num_attention_heads": HEADS, "vocab_size": VOCAB,
+        "num_key_value_heads": KV * HEADS // HIDDEN, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "max_position_embeddings": 2048, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    rng = np.random.default_rng(0)
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for shape in shapes.values():
+            values = rng.standard_normal(int(np.prod(shape)), np.float32) * np.float32(0.02)
+            file.write((values.view(np.uint32) >> np.uint32(16)).astype(np.uint16))
+
+
+def run(arm: str, source: Path, out: Path, limit: float = 0) -> tuple[float, float]:
+    """Seconds and peak MB of one arm; what it wrote is removed."""
+    size = source.stat().st_size if source.is_file() else 0
+    if arm == "cp":
+        start = time.perf_counter()
+        subprocess.run(["cp", source, out], check=True)
+        seconds, peak = time.perf_counter() - start, 0.0
+    else:
+        program = _FRAME.format(arm=ARMS[arm])
+        command = [sys.executable, "-c", program, str(source), str(out), str(limit)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        seconds, peak, read = json.loads(done.stdout.splitlines()[-1])
+        seconds *= size / read if read else 1
+    for left in out.parent.glob(f"{out.name}*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return seconds, peak / 1e6
+
+
+def compare(
+    arms: dict[str, tuple[Path, float]], out: Path, runs: int
+) -> dict[str, dict[str, float]]:
+    """Medians of the arms, in turn."""
+    found: dict[str, list[tuple[float, float]]] = {arm: [] for arm in arms}
+    for _ in range(runs):
+        for arm, (source, limit) in arms.items():
+            found[arm].append(run(arm, source, out, limit))
+    return {
+        arm: {
+            "seconds": statistics.median(s for s, _ in times),
+            "peak_mb": statistics.median(p for _, p in times),
+        }
+        for arm, times in found.items()
+    }
+
+
+def main() -> None:
+    """Measure, and print tables or JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--mb", type=float, default=500)
+    parser.add_argument("--naive-mb", type=float, default=30)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--sizes", type=float, nargs="*", default=[10, 50, 250, 1000, 2000])
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        work = Path(folder)
+        write_gguf(work / "model.gguf", options.mb)
+        write_folder(work / "hf", options.mb)
+        source = work / "model.gguf"
+        arms = {
+            "cp": (source, 0.0),
+            "convert": (source, 0.0),
+            "naive": (source, options.naive_mb * 1e6),
+        }
+        results |= compare(arms, work / "out", options.runs)
+        results |= compare(
+            dict.fromkeys(("q4", "mlx-lm"), (work / "hf", 0.0)), work / "out", options.runs
+        )
+        source.unlink()
+        shutil.rmtree(work / "hf")
+        results["MB/s by size"] = {}
+        for size in options.sizes:
+            write_gguf(work / "size.gguf", size)
+            bytes_ = (work / "size.gguf").stat().st_size
+            times = [run("convert", work / "size.gguf", work / "out") for _ in range(options.runs)]
+            speed = bytes_ / 1e6 / statistics.median(s for s, _ in times)
+            peak = max(p for _, p in times)
+            results["MB/s by size"][f"{bytes_ / 1e6:.0f}"] = {"speed": speed, "peak_mb": peak}
+    seconds = {name: found["seconds"] for name, found in results.items() if "seconds" in found}
+    results["ratios"] = {
+        "convert / cp speed": seconds["cp"] / seconds["convert"],
+        "convert / naive speed": seconds["naive"] / seconds["convert"],
+        "q4 / mlx-lm speed": seconds["mlx-lm"] / seconds["q4"],
+    }
+    print(json.dumps(results) if options.json else table(results))
+
+
+def table(results: dict[str, Any]) -> str:
+    """For people."""
+    lines = []
+    for name, found in results.items():
+        if "seconds" in found:
+            lines.append(f"{name:24}{found['seconds']:9.2f} s{found['peak_mb']:9.0f} MB")
+        elif name == "ratios":
+            lines += [f"{what:24}{ratio:9.2f}" for what, ratio in found.items()]
+        else:
+            lines += [
+                f"convert {size + ' MB':16}{at['speed']:9.0f} MB/s{at['peak_mb']:6.0f} MB"
+                for size, at in found.items()
+            ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
