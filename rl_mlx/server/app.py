@@ -1,0 +1,124 @@
+"""The ASGI application: its parts and its routes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from rl_mlx.llm import AsyncLLM
+from rl_mlx.server import openai, openai_chat
+from rl_mlx.server.endpoint import Endpoint
+from rl_mlx.server.guard import Guard
+from rl_mlx.server.metrics import Metrics
+from rl_mlx.server.models import Load, Models
+from rl_mlx.server.problems import Problem, dialect_of
+from rl_mlx.server.schemas.openai import ChatRequest, CompletionRequest, EmbeddingRequest
+from rl_mlx.server.settings import ServerSettings
+from rl_mlx.server.state import State
+from rl_mlx.settings import ModelSettings
+from rl_mlx.store import ModelFiles
+
+
+def load_llm(files: ModelFiles, settings: ModelSettings) -> AsyncLLM:
+    """Load a model; blocks."""
+    from rl_mlx.backends import open_backend  # noqa: PLC0415 - slow to import
+    from rl_mlx.text.tokenizer import Tokenizer  # noqa: PLC0415
+
+    backend = open_backend(files, settings)
+    try:
+        return AsyncLLM.of(backend, Tokenizer.open(files.path))
+    except BaseException:
+        backend.close()
+        raise
+
+
+def build(
+    settings: ServerSettings, load: Load = load_llm, template: str | None = None
+) -> Starlette:
+    """The application. ``template`` is a chat template for the models of ``settings.models``.
+
+    Whoever runs it starts ``app.state.server.models`` and closes ``app.state.server``.
+    """
+    metrics = Metrics()
+    state = State(settings, Models(settings, load, template), metrics)
+    metrics.watch(lambda: state.models.loaded, lambda: state.gate.active)
+
+    middleware = [Middleware(Guard, settings)]
+    if settings.origins:
+        cors: Any = CORSMiddleware
+        middleware.append(
+            Middleware(cors, allow_origins=settings.origins, allow_methods=["*"],
+                       allow_headers=["*"], expose_headers=["x-request-id"])
+        )  # fmt: skip
+    app = Starlette(
+        routes=routes(),
+        middleware=middleware,
+        exception_handlers={HTTPException: _http_error},
+    )
+    app.state.server = state
+    return app
+
+
+def routes() -> list[Route]:
+    """All paths."""
+    return [
+        Route("/", _hello, methods=["GET"]),
+        Route("/health", _health, methods=["GET"]),
+        Route("/ready", _ready, methods=["GET"]),
+        Route("/metrics", _metrics, methods=["GET"]),
+        _post("/v1/chat/completions", openai_chat.chat, ChatRequest),
+        _post("/v1/completions", openai.completions, CompletionRequest),
+        _post("/v1/embeddings", openai.embeddings, EmbeddingRequest),
+        _get("/v1/models", openai.models),
+        _get("/v1/models/{name:path}", openai.model),
+    ]
+
+
+def _post(path: str, handler: Any, schema: Any) -> Route:
+    return Route(path, Endpoint(handler, schema), methods=["POST"])
+
+
+def _get(path: str, handler: Any) -> Route:
+    return Route(path, Endpoint(handler), methods=["GET"])
+
+
+async def _hello(request: Request) -> Response:  # noqa: ARG001 - Starlette's
+    return PlainTextResponse("rl-mlx is running\n")
+
+
+async def _health(request: Request) -> Response:  # noqa: ARG001 - Starlette's
+    """Alive: the event loop answers."""
+    return JSONResponse({"status": "ok"})
+
+
+async def _ready(request: Request) -> Response:
+    """Ready: the models that were named are loaded; not while the server goes down."""
+    state: State = request.app.state.server
+    status = "ready" if state.models.started else "starting"
+    status = "stopping" if state.gate.draining else status
+    loaded = [model.files.name for model in state.models.loaded]
+    body = {"status": status, "loaded": loaded}
+    return JSONResponse(body, status_code=200 if status == "ready" else 503)
+
+
+async def _metrics(request: Request) -> Response:
+    state: State = request.app.state.server
+    text = await state.in_thread(state.metrics.text)
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    problem = Problem(error.status_code, _WORDS.get(error.status_code, error.detail))
+    body = dialect_of(request.url.path).body(problem)
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+_WORDS = {404: "there is nothing at this path", 405: "this path has other methods"}

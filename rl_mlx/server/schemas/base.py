@@ -1,0 +1,61 @@
+"""What the schemas of several APIs share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+T = TypeVar("T")
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Name = Annotated[str, Field(min_length=1, max_length=1024)]
+
+
+class Body(BaseModel):
+    """An object of a request: no other fields, no guessed types; null is as if not given."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {k: v for k, v in value.items() if v is not None}
+
+
+class Loose(Body):
+    """An object that clients decorate: what else is in it changes nothing."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, hide_input_in_errors=True)
+
+
+class TextPart(Loose):
+    """A part of a message's content."""
+
+    type: str
+    text: str
+
+
+def parts(*kinds: str) -> Any:
+    """A validator of content: a text, or a list of parts of these ``kinds``, which become texts."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, str) or value is None:
+            return value
+        if not isinstance(value, list):
+            raise ValueError("must be a text or a list of parts")
+        return [_text_of(part, number, kinds) for number, part in enumerate(value)]
+
+    return BeforeValidator(check)
+
+
+def _text_of(part: Any, number: int, kinds: tuple[str, ...]) -> dict[str, str]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"part {number} is of type {kind!r:.40}; only text is supported")
+    text = part.get("refusal" if kind == "refusal" else "text")
+    if not isinstance(text, str):
+        raise ValueError(f"part {number} has no text")
+    return {"type": "text", "text": text}
