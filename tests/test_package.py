@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +61,20 @@ def test_a_second_copy_of_convert_is_refused():
         [sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, check=False
     )
     assert "import this package as rl_mlx.convert" in done.stderr
+
+
+def test_the_map_of_the_readme_is_of_today():
+    spec = importlib.util.spec_from_file_location("project_map", ROOT / ".ci" / "map.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert module.mapped(readme) == readme, "run python .ci/map.py"
+
+
+def test_no_function_and_no_file_is_too_long():
+    for path in [*(ROOT / "rl_mlx").rglob("*.py"), *(ROOT / "convert").rglob("*.py")]:
+        text = path.read_text("utf-8")
+        assert text.count("\n") <= 500, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
