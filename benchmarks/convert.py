@@ -4,7 +4,9 @@
 
 The models are synthetic llamas, written beside each other in a folder of their own (--folder) and
 removed. Every arm runs in a process of its own, in turn with the others; medians are shown. Times
-are of the work, not of starting Python. Peak memory is of the process, in MB.
+are of the work, not of starting Python; ``cached`` is until the call is back, ``on disk`` until the
+bytes that were written are on the disk (fsync), and ratios are of that. Peak memory is of the
+process, in MB.
 
 - ``cp``: the system's cp of the GGUF file; ``convert``: GGUF Q4_K_M to an MLX folder.
 - ``naive``: gguf-py decodes, mx.quantize packs (of the file's first --naive-mb, scaled to all).
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -170,8 +173,8 @@ def write_folder(path: Path, megabytes: float) -> None:
             file.write((values.view(np.uint32) >> np.uint32(16)).astype(np.uint16))
 
 
-def run(arm: str, source: Path, out: Path, limit: float = 0) -> tuple[float, float]:
-    """Seconds and peak MB of one arm; what it wrote is removed."""
+def run(arm: str, source: Path, out: Path, limit: float = 0) -> tuple[float, float, float]:
+    """Seconds until done and until on the disk, and peak MB; what it wrote is removed."""
     size = source.stat().st_size if source.is_file() else 0
     if arm == "cp":
         start = time.perf_counter()
@@ -183,23 +186,30 @@ def run(arm: str, source: Path, out: Path, limit: float = 0) -> tuple[float, flo
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         seconds, peak, read = json.loads(done.stdout.splitlines()[-1])
         seconds *= size / read if read else 1
+    start = time.perf_counter()
+    for written in [out, *out.parent.glob(f"{out.name}/*"), *out.parent.glob(f"{out.name}.*")]:
+        if written.is_file():
+            with written.open("rb+") as file:
+                os.fsync(file.fileno())
+    flushed = seconds + time.perf_counter() - start
     for left in out.parent.glob(f"{out.name}*"):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-    return seconds, peak / 1e6
+    return seconds, flushed, peak / 1e6
 
 
 def compare(
     arms: dict[str, tuple[Path, float]], out: Path, runs: int
 ) -> dict[str, dict[str, float]]:
     """Medians of the arms, in turn."""
-    found: dict[str, list[tuple[float, float]]] = {arm: [] for arm in arms}
+    found: dict[str, list[tuple[float, float, float]]] = {arm: [] for arm in arms}
     for _ in range(runs):
         for arm, (source, limit) in arms.items():
             found[arm].append(run(arm, source, out, limit))
     return {
         arm: {
-            "seconds": statistics.median(s for s, _ in times),
-            "peak_mb": statistics.median(p for _, p in times),
+            "cached": statistics.median(s for s, _, _ in times),
+            "seconds": statistics.median(s for _, s, _ in times),
+            "peak_mb": statistics.median(p for _, _, p in times),
         }
         for arm, times in found.items()
     }
@@ -237,8 +247,8 @@ def main() -> None:
             write_gguf(work / "size.gguf", size)
             bytes_ = (work / "size.gguf").stat().st_size
             times = [run("convert", work / "size.gguf", work / "out") for _ in range(options.runs)]
-            speed = bytes_ / 1e6 / statistics.median(s for s, _ in times)
-            peak = max(p for _, p in times)
+            speed = bytes_ / 1e6 / statistics.median(s for s, _, _ in times)
+            peak = max(p for _, _, p in times)
             results["MB/s by size"][f"{bytes_ / 1e6:.0f}"] = {"speed": speed, "peak_mb": peak}
     seconds = {name: found["seconds"] for name, found in results.items() if "seconds" in found}
     results["ratios"] = {
@@ -254,7 +264,10 @@ def table(results: dict[str, Any]) -> str:
     lines = []
     for name, found in results.items():
         if "seconds" in found:
-            lines.append(f"{name:24}{found['seconds']:9.2f} s{found['peak_mb']:9.0f} MB")
+            lines.append(
+                f"{name:24}{found['cached']:9.2f} s{found['seconds']:9.2f} s on disk"
+                f"{found['peak_mb']:9.0f} MB"
+            )
         elif name == "ratios":
             lines += [f"{what:24}{ratio:9.2f}" for what, ratio in found.items()]
         else:
