@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import stat
+import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,11 +30,32 @@ _AFTER_GRACE = 5  # seconds for the error events of what was ended
 def serve(app: Starlette, settings: ServerSettings, announce: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; a second one ends it at once.
 
-    ``announce`` is called with the address once requests are answered. Raises ``RlMlxError`` where
+    ``announce`` is called with the address once the models are loaded. Raises ``RlMlxError`` where
     the address cannot be had, and what loading the models raises.
     """
+    asyncio.run(serve_in(app, settings, announce, asyncio.Event()))
+
+
+async def serve_in(
+    app: Starlette,
+    settings: ServerSettings,
+    announce: Callable[[str], None],
+    stop: asyncio.Event,
+) -> None:
+    """The same in a running event loop, until ``stop`` is set or a signal comes."""
     listener = _listen(settings)
-    config = uvicorn.Config(
+    server = _Server(_config(app, settings), settings, stop)
+    address = _address(listener, settings)
+    try:
+        await _run(app.state.server, server, listener, lambda: announce(address))
+    finally:
+        listener.close()
+        if settings.socket is not None:
+            Path(settings.socket).unlink(missing_ok=True)
+
+
+def _config(app: Starlette, settings: ServerSettings) -> uvicorn.Config:
+    return uvicorn.Config(
         app,
         http=_connection(settings),
         ws="none",
@@ -46,17 +68,9 @@ def serve(app: Starlette, settings: ServerSettings, announce: Callable[[str], No
         timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=int(settings.grace) + _AFTER_GRACE,
     )
-    address = _address(listener, settings)
-    server = _Server(config, settings)
-    try:
-        asyncio.run(_main(app.state.server, server, listener, lambda: announce(address)))
-    finally:
-        listener.close()
-        if settings.socket is not None:
-            Path(settings.socket).unlink(missing_ok=True)
 
 
-async def _main(
+async def _run(
     state: State, server: _Server, listener: socket.socket, announce: Callable[[], None]
 ) -> None:
     """Answer at once, load the models meanwhile, and end both."""
@@ -80,9 +94,16 @@ async def _main(
 class _Server(uvicorn.Server):
     """uvicorn, which ends requests by our rules."""
 
-    def __init__(self, config: uvicorn.Config, settings: ServerSettings) -> None:
+    def __init__(
+        self, config: uvicorn.Config, settings: ServerSettings, stop: asyncio.Event
+    ) -> None:
         super().__init__(config)
         self._settings = settings
+        self._stop = stop
+
+    async def on_tick(self, counter: int) -> bool:
+        """See uvicorn; ten times a second."""
+        return await super().on_tick(counter) or self._stop.is_set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """See uvicorn."""
@@ -93,6 +114,9 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         """Stop by SIGTERM and SIGINT, without dying of the signal afterwards."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals come to the main thread alone
+            return
         before = {s: signal.signal(s, self.handle_exit) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
