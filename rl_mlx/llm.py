@@ -148,17 +148,23 @@ class AsyncLLM:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_options: Mapping[str, Any] | None = None,
+        show_markers: bool = False,
         stream: bool = False,
         **sampling: Any,
     ) -> Coroutine[Any, Any, Result] | AsyncIterator[Chunk]:
-        """Answer a conversation through the model's chat template; otherwise as ``generate``."""
+        """Answer a conversation through the model's chat template; otherwise as ``generate``.
+
+        ``show_markers`` leaves the control tokens that mark reasoning and calls of tools in the
+        text, for a ``Router``.
+        """
         params = SamplingParams.of(sampling.pop("params", None), **sampling)
         ids = self.encode_rendered(
             self.apply_template(messages, tools=tools, **(template_options or {}))
         )
+        shown = self._tokenizer.markers if show_markers else frozenset()
         if stream:
-            return self._stream(ids, params, is_turn=True)
-        return self._first(ids, params, is_turn=True)
+            return self._stream(ids, params, is_turn=True, shown=shown)
+        return self._first(ids, params, is_turn=True, shown=shown)
 
     def answer(
         self,
@@ -282,17 +288,27 @@ class AsyncLLM:
             await events.aclose()  # type: ignore[attr-defined]
 
     async def _gather(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, is_turn: bool = False
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        is_turn: bool = False,
+        shown: frozenset[int] = frozenset(),
     ) -> list[Result]:
         answers: dict[int, Answer] = {}
-        async for index, answer, _ in self._events(prompts, params, is_turn=is_turn):
+        async for index, answer, _ in self._events(prompts, params, is_turn=is_turn, shown=shown):
             answers[index] = answer
         return [answers[i].result() for i in range(len(prompts))]
 
     async def _first(
-        self, prompt: Sequence[int], params: SamplingParams, *, is_turn: bool = False
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        is_turn: bool = False,
+        shown: frozenset[int] = frozenset(),
     ) -> Result:
-        return (await self._gather([prompt], params, is_turn=is_turn))[0]
+        return (await self._gather([prompt], params, is_turn=is_turn, shown=shown))[0]
 
 
 def _is_batch(prompt: object) -> bool:
@@ -412,7 +428,7 @@ class LLM:
         """Answer a conversation through the model's chat template.
 
         ``options``: ``tools`` (a list of function schemas), ``template_options`` (the template's
-        variables) and those of ``generate``.
+        variables), ``show_markers`` (see ``AsyncLLM.chat``) and those of ``generate``.
         """
         return _wait(self._llm.chat(messages, stream=stream, **options))
 

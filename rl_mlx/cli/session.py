@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from rl_mlx.cli.conversation import Conversation
 from rl_mlx.cli.generate import speed
-from rl_mlx.cli.reasoning import OPEN
 from rl_mlx.cli.terminal import complain, note
 from rl_mlx.cli.view import Reply, View, show
 from rl_mlx.errors import ContextOverflow, InvalidRequest, RlMlxError
+from rl_mlx.text.router import Router
 from rl_mlx.types import Message, SamplingParams
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 
 _ROOM = "/drop forgets the oldest turn, /clear all; --context N at the start makes room"
+
+_TAIL = 300  # characters of a prompt that show whether it has opened reasoning itself
 
 
 class Editor(Protocol):
@@ -57,9 +59,10 @@ def ask(llm: LLM, conversation: Conversation, question: str, view: View) -> Repl
     reply = Reply()
     try:
         messages = conversation.prompt()
-        reasoning = llm.apply_template(messages).rstrip().endswith(OPEN)
-        chunks = llm.chat(messages, stream=True, params=conversation.params)
-        reply = show(chunks, view, reasoning=reasoning)  # type: ignore[arg-type]
+        tail = llm.apply_template(messages)[-_TAIL:]
+        router = Router(llm.tokenizer.format, prompt_tail=tail)
+        chunks = llm.chat(messages, stream=True, show_markers=True, params=conversation.params)
+        reply = show(chunks, view, router)  # type: ignore[arg-type]
     finally:
         if reply.text or reply.reasoning:
             answer: Message = {"role": "assistant", "content": reply.text}

@@ -17,8 +17,8 @@ from rich.segment import Segment, Segments
 from rich.spinner import Spinner
 from rich.text import Text
 
-from rl_mlx.cli.reasoning import Splitter
 from rl_mlx.cli.terminal import without_echo
+from rl_mlx.text.router import Content, Piece, Reasoning, Router, ToolCallWithdrawn
 from rl_mlx.types import Chunk, FinishReason, Progress, Timings, Usage
 
 FRAMES = 12
@@ -56,32 +56,32 @@ class View(Protocol):
         """More of the answer, or of the reasoning before it."""
 
 
-def show(chunks: Generator[Chunk, None, None], view: View, *, reasoning: bool) -> Reply:
+def show(chunks: Generator[Chunk, None, None], view: View, router: Router) -> Reply:
     """Stream an answer into ``view``. Ctrl-C closes ``chunks``, which cancels the request.
 
-    ``reasoning``: the prompt ended inside ``<think>`` already.
+    ``router`` tells reasoning from the answer. There are no tools here, so there are no calls.
     """
     reply = Reply()
-    splitter = Splitter(inside=reasoning)
 
-    def give(pieces: list[tuple[bool, str]]) -> None:
-        for is_reasoning, text in pieces:
-            if is_reasoning:
-                reply.reasoning += text
-            else:
-                reply.text += text
-            view.add(text, reasoning=is_reasoning)
+    def give(pieces: list[Piece]) -> None:
+        for piece in pieces:
+            if isinstance(piece, Reasoning):
+                reply.reasoning += piece.text
+                view.add(piece.text, reasoning=True)
+            elif isinstance(piece, Content | ToolCallWithdrawn):
+                reply.text += piece.text
+                view.add(piece.text, reasoning=False)
 
     with without_echo(), view:
         try:
             for chunk in chunks:
                 if chunk.progress is not None:
                     view.progress(chunk.progress)
-                give(splitter.feed(chunk.text))
+                give(router.feed(chunk.text))
                 if chunk.finish_reason is not None:
                     reply.finish_reason = chunk.finish_reason
                     reply.timings, reply.usage = chunk.timings, chunk.usage
-            give(splitter.flush())
+            give(router.flush())
         except KeyboardInterrupt:
             reply.interrupted = True
         finally:

@@ -15,6 +15,7 @@ from rl_mlx.errors import InvalidRequest
 from rl_mlx.text.build import build
 from rl_mlx.text.folder import read_folder
 from rl_mlx.text.parts import HIDDEN, Parts, piece_bytes
+from rl_mlx.text.router.formats import Format
 from rl_mlx.text.template import ChatTemplate
 
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -139,6 +140,17 @@ class Tokenizer:
         if not self.has_template:
             raise InvalidRequest("this model has no chat template; use generate, or pass template=")
         return self.make_template(self._parts.templates)
+
+    @cached_property
+    def format(self) -> Format:
+        """How the model marks reasoning and calls of tools, as its chat template shows it."""
+        return Format.of(self._parts.templates or "")
+
+    @cached_property
+    def markers(self) -> frozenset[int]:
+        """Control tokens that are such marks, which a ``Router`` must see."""
+        ids = {self.token_id(mark) for mark in self.format.markers}
+        return frozenset(i for i in ids if i is not None) & self.special_ids
 
     def make_template(self, sources: str | Mapping[str, str]) -> ChatTemplate:
         """A chat template of your own, which knows this vocabulary's ``bos_token`` and so on."""

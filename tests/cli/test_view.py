@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from rl_mlx.cli.view import MarkdownView, PlainView, complete_blocks, show
+from rl_mlx.text.router import Format, Router
 from rl_mlx.types import Chunk, Progress, Timings, Usage
 
 ANSWER = """# Title
@@ -35,6 +36,10 @@ y = 2
 The end."""
 
 
+def router() -> Router:
+    return Router(Format.of("<think>"))
+
+
 def chunks(text: str, size: int = 3) -> Generator[Chunk, None, None]:
     yield Chunk(progress=Progress(1, 2))
     for i in range(0, len(text), size):
@@ -47,7 +52,7 @@ def screen(text: str, *, width: int = 80, terminal: bool = False, size: int = 3)
     console = Console(
         file=out, width=width, height=12, force_terminal=terminal, color_system=None, _environ={}
     )
-    show(chunks(text, size), MarkdownView(console), reasoning=False)
+    show(chunks(text, size), MarkdownView(console), router())
     return out.getvalue()
 
 
@@ -118,7 +123,7 @@ def test_a_tall_block_is_shown_by_its_end_and_then_whole() -> None:
 
 def test_reasoning_is_kept_apart(capsys: pytest.CaptureFixture[str]) -> None:
     text = "<think>\nhm, well\n</think>\n\nYes."
-    reply = show(chunks(text), PlainView(), reasoning=False)
+    reply = show(chunks(text), PlainView(), router())
     assert (reply.reasoning.strip(), reply.text) == ("hm, well", "Yes.")
     assert capsys.readouterr().out == "Yes.\n"
     assert lines(screen(text)) == ["hm, well", "Yes."]
@@ -134,6 +139,6 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_came(capsys: pytest.CaptureFixtur
         finally:
             closed.append(True)
 
-    reply = show(interrupted(), PlainView(), reasoning=False)
+    reply = show(interrupted(), PlainView(), router())
     assert (reply.text, reply.interrupted, closed) == ("so far", True, [True])
     assert reply.finish_reason == "cancelled"
