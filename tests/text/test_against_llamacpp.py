@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from rl_mlx.backends.llamacpp.library import open_library
+from rl_mlx.convert.gguf.pretokenize import PRE_TOKENIZERS
 from rl_mlx.errors import BackendUnavailable
-from rl_mlx.text.pretokenize import PRE_TOKENIZERS
 from rl_mlx.text.tokenizer import Tokenizer
 
 Encode = Callable[[str, bool, bool], list[int]]

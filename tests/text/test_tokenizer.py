@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from rl_mlx.convert.gguf.pretokenize import PRE_TOKENIZERS
 from rl_mlx.errors import FormatError, InvalidRequest, ModelNotFound, UnsupportedModel
-from rl_mlx.text.pretokenize import PRE_TOKENIZERS
 from rl_mlx.text.tokenizer import Tokenizer
 
 CONTROL, NORMAL = 3, 1

@@ -7,7 +7,7 @@ import logging
 import os
 from pathlib import Path
 
-from rl_mlx.convert.export import export
+from rl_mlx.convert import export
 
 _FORMAT = b"1"  # counted up when what the export writes changes
 log = logging.getLogger(__name__)

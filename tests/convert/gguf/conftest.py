@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,3 +137,19 @@ def ggml() -> Ggml:
     if not libraries:
         pytest.skip("the llama.cpp binding has no shared library that can be opened here")
     return Ggml(libraries[0])
+
+
+@pytest.fixture
+def write_dat() -> Callable[..., None]:
+    """Write an importance matrix as llama-imatrix did before GGUF: ``(path, {name: values})``."""
+
+    def write(path, values, calls=1):
+        parts = [struct.pack("<i", len(values))]
+        for name, array in values.items():
+            text = name.encode()
+            parts.append(struct.pack("<i", len(text)) + text)
+            parts.append(struct.pack("<ii", calls, array.size) + array.astype("<f4").tobytes())
+        parts.append(struct.pack("<ii", calls, 4) + b"text")
+        path.write_bytes(b"".join(parts))
+
+    return write
