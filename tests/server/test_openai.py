@@ -138,9 +138,7 @@ def test_calls_stream_as_deltas(fake: Any, sdk: Any) -> None:
     fake.text = CALL + "\n" + CALL.replace("Paris", "Rome")
     calls: dict[int, dict[str, str]] = {}
     finish = None
-    for chunk in sdk.chat.completions.create(
-        model="demo", messages=HI, tools=[TOOL], stream=True
-    ):
+    for chunk in sdk.chat.completions.create(model="demo", messages=HI, tools=[TOOL], stream=True):
         choice = chunk.choices[0]
         assert not choice.delta.content, "nothing of a call may leak into content"
         finish = choice.finish_reason or finish
@@ -190,7 +188,10 @@ def test_reasoning_is_told_apart(fake: Any, sdk: Any) -> None:
 
 def test_content_in_parts_and_developer(fake: Any, sdk: Any) -> None:
     parts: Any = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    messages: Any = [{"role": "developer", "content": "be kind"}, {"role": "user", "content": parts}]
+    messages: Any = [
+        {"role": "developer", "content": "be kind"},
+        {"role": "user", "content": parts},
+    ]
     sdk.chat.completions.create(model="demo", messages=messages)
     assert fake.prompt() == "[system]be kind[user]a\nb[assistant]"
 
