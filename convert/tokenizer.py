@@ -9,10 +9,10 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, processors
 
+from rl_mlx.convert.gguf.parts import Parts
 from rl_mlx.convert.gguf.reader import GGUFFile
+from rl_mlx.convert.gguf.tokenizer import build
 from rl_mlx.convert.gguf.vocab import read_vocab
-from rl_mlx.text.build import build
-from rl_mlx.text.parts import Parts
 
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")
 _SPACE = "\u2581"

@@ -11,10 +11,10 @@ from typing import Any
 
 import tokenizers
 
+from rl_mlx.convert.gguf.parts import Parts, Spelling, end_ids
+from rl_mlx.convert.gguf.tokenizer import build
 from rl_mlx.convert.gguf.vocab import TokenType
 from rl_mlx.errors import FormatError, ModelNotFound, UnsupportedModel
-from rl_mlx.text.build import build
-from rl_mlx.text.parts import Parts, Spelling, end_ids
 from rl_mlx.text.sentencepiece import read_sentencepiece
 
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import tokenizers
 
+from rl_mlx.convert.gguf.parts import HIDDEN, Parts, piece_bytes
 from rl_mlx.convert.gguf.reader import GGUFFile
+from rl_mlx.convert.gguf.tokenizer import build
 from rl_mlx.convert.gguf.vocab import TokenType, read_vocab
 from rl_mlx.errors import InvalidRequest
-from rl_mlx.text.build import build
 from rl_mlx.text.folder import read_folder
-from rl_mlx.text.parts import HIDDEN, Parts, piece_bytes
 from rl_mlx.text.router.formats import Format
 from rl_mlx.text.template import ChatTemplate
 

@@ -15,10 +15,10 @@ import numpy.typing as npt
 import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
+from rl_mlx.convert.gguf.parts import ADDED, HIDDEN, Parts, Spelling, end_ids
 from rl_mlx.convert.gguf.pretokenize import PreTokenizer, pre_tokenizer
 from rl_mlx.convert.gguf.vocab import TokenType, Vocab
 from rl_mlx.errors import FormatError, UnsupportedModel
-from rl_mlx.text.parts import ADDED, HIDDEN, Parts, Spelling, end_ids
 
 _NO_PRE = (
     "the file names no pre-tokenizer (tokenizer.ggml.pre), so text may be cut into other tokens "
