@@ -13,12 +13,13 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from rl_mlx.llm import AsyncLLM
-from rl_mlx.server import openai, openai_chat
+from rl_mlx.server import anthropic, openai, openai_chat
 from rl_mlx.server.endpoint import Endpoint
 from rl_mlx.server.guard import Guard
 from rl_mlx.server.metrics import Metrics
 from rl_mlx.server.models import Load, Models
 from rl_mlx.server.problems import Problem, dialect_of
+from rl_mlx.server.schemas.anthropic import CountRequest, MessagesRequest
 from rl_mlx.server.schemas.openai import ChatRequest, CompletionRequest, EmbeddingRequest
 from rl_mlx.server.settings import ServerSettings
 from rl_mlx.server.state import State
@@ -76,6 +77,8 @@ def routes() -> list[Route]:
         _post("/v1/chat/completions", openai_chat.chat, ChatRequest),
         _post("/v1/completions", openai.completions, CompletionRequest),
         _post("/v1/embeddings", openai.embeddings, EmbeddingRequest),
+        _post("/v1/messages", anthropic.messages, MessagesRequest),
+        _post("/v1/messages/count_tokens", anthropic.count_tokens, CountRequest),
         _get("/v1/models", openai.models),
         _get("/v1/models/{name:path}", openai.model),
     ]

@@ -7,13 +7,13 @@ import re
 import secrets
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rl_mlx.server.models import KEEP, Loaded
 from rl_mlx.server.problems import BadParameter
 from rl_mlx.server.state import State
-from rl_mlx.server.structure import forced_calls
+from rl_mlx.server.structure import calls, forced_format, strict_calls, with_thoughts
 from rl_mlx.text.router import (
     Content,
     Piece,
@@ -24,7 +24,7 @@ from rl_mlx.text.router import (
     collect,
 )
 from rl_mlx.text.tokenizer import Tokenizer
-from rl_mlx.types import Chunk, FinishReason, SamplingParams, Timings, TokenLogprob, Usage
+from rl_mlx.types import Chunk, FinishReason, Grammar, SamplingParams, Timings, TokenLogprob, Usage
 
 _TAIL = 400  # characters of the prompt in which a template may have opened the reasoning
 
@@ -37,7 +37,8 @@ class Job:
     the fields of ``SamplingParams`` that the request set, over ``defaults``, those of its API.
     ``effort`` is how hard to think (``none``, ``low``... or None for as the model does), and
     ``effort_name`` the parameter that says so. After ``max_calls`` calls of tools the answer ends;
-    it must call a tool, or the one named, where ``must_call`` says so.
+    it must call a tool, or the one named, where ``must_call`` says so. ``form`` is what the answer
+    must be, reasoning aside.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Job:
     effort_name: str = "reasoning_effort"
     max_calls: int | None = None
     must_call: bool | str = False
+    form: Grammar | None = None
     keep_alive: object = KEEP
 
 
@@ -107,19 +109,32 @@ class Prepared:
 def prepare(model: Loaded, job: Job, defaults: Mapping[str, Any]) -> Prepared:
     """Template and tokenizer; takes long for a long prompt. Raises ``InvalidRequest``."""
     params = SamplingParams.of(**{**job.defaults, **defaults, **job.sampling})
-    if job.must_call:
-        params = SamplingParams.of(params, **forced_calls(job.tools, job.must_call))
     outside = next((t for t in params.logit_bias if t >= model.llm.info.vocab), None)
     if outside is not None:
         raise BadParameter("logit_bias", f"the vocabulary has no token {outside}")
     if not job.messages:
+        params = replace(params, grammar=job.form)
         return Prepared([model.llm.encode(prompt) for prompt in job.prompts], params)
     options = {**thinking(model, job.effort, job.effort_name), **job.template_options}
     clash = next((o for o in options if o in {"messages", "tools", "name"}), None)
     if clash is not None:
         raise BadParameter("chat_template_kwargs", f"{clash} is not a variable to be set")
     text = model.template.render(_roles(model, job.messages), job.tools, **options)
-    return Prepared([model.llm.encode_rendered(text)], params, text[-_TAIL:])
+    tail = text[-_TAIL:]
+    params = replace(params, grammar=_grammar(model, job, tail))
+    return Prepared([model.llm.encode_rendered(text)], params, tail)
+
+
+def _grammar(model: Loaded, job: Job, tail: str) -> Grammar | None:
+    """What holds the answer to its form, with room for the reasoning before it."""
+    form = calls(job.tools, job.must_call, job.max_calls) if job.must_call else job.form
+    if form is None:
+        special = model.llm.tokenizer.token_id("<tool_call>") in model.llm.tokenizer.special_ids
+        return strict_calls(job.tools, model.format, special=special)
+    opened = tail.rstrip().endswith(model.format.tags.open.rstrip())
+    if opened or job.effort not in (None, "none"):
+        return with_thoughts(form, model.format, opened=opened)
+    return form
 
 
 def _roles(model: Loaded, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -198,7 +213,10 @@ async def _one(
         params = SamplingParams.of(params, seed=params.seed + number)
     is_turn = bool(job.messages)
     shown = model.shown if is_turn else frozenset()
-    router = Router(model.format, tools=job.tools, prompt_tail=ready.tail) if is_turn else None
+    router = None
+    if is_turn:
+        form = forced_format(model.format) if job.must_call else model.format
+        router = Router(form, tools=job.tools, prompt_tail=ready.tail)
     reading = _Reading(number, router, len(ids), job.max_calls)
     chunks = model.llm.answer(ids, params, is_turn=is_turn, shown=shown)
     async with aclosing(chunks) as stream:  # type: ignore[type-var]

@@ -50,7 +50,8 @@ def job_of(body: CompletionRequest) -> Job:
         model=body.model,
         prompts=prompts,
         n=body.n,
-        sampling={**options, **response_format(body.response_format)},
+        sampling=options,
+        form=response_format(body.response_format),
         defaults=DEFAULTS,
         keep_alive=keep_alive(body),
     )

@@ -75,7 +75,6 @@ def job_of(body: ChatRequest) -> Job:
         raise BadParameter("top_logprobs", "logprobs must be true for it")
     if body.logprobs:
         options["logprobs"] = body.top_logprobs or 0
-    options |= response_format(body.response_format)
     named = choice.function.name if isinstance(choice, NamedTool) else None
     if named is not None and named not in [tool["function"]["name"] for tool in tools]:
         raise BadParameter("tool_choice", f"there is no tool {named!r:.100}")
@@ -88,6 +87,7 @@ def job_of(body: ChatRequest) -> Job:
         defaults=DEFAULTS,
         template_options=body.chat_template_kwargs or {},
         effort=body.reasoning_effort,
+        form=response_format(body.response_format),
         must_call=named if named is not None else choice == "required",
         max_calls=None if body.parallel_tool_calls and named is None else 1,
         keep_alive=keep_alive(body),

@@ -266,10 +266,14 @@ def test_connections_are_kept_and_requests_have_ids(client: httpx.Client) -> Non
 
 
 def test_metrics(fake: Any, client: httpx.Client) -> None:
+    def read() -> dict[str, str]:
+        text = client.get("/metrics").text
+        return dict(li.rsplit(" ", 1) for li in text.splitlines() if not li.startswith("#"))
+
     client.post(CHAT, json=body())
-    text = client.get("/metrics").text
-    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     name = 'rl_mlx_requests_total{model="demo",path="/v1/chat/completions",status="200"}'
+    fake.wait(lambda: name in read())
+    lines = read()
     assert float(lines[name]) >= 1
     assert float(lines['rl_mlx_generated_tokens_total{model="demo"}']) >= 1
     assert float(lines['rl_mlx_time_to_first_token_seconds_count{model="demo"}']) >= 1

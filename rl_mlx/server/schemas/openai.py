@@ -154,6 +154,7 @@ class GrammarFormat(Body):
 
     type: Literal["grammar"]
     grammar: str
+    syntax: Literal["lark", "gbnf"] = "lark"
 
 
 ResponseFormat = Annotated[
