@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from rl_mlx.convert.gguf.tokenizer import build
 from rl_mlx.convert.gguf.vocab import read_vocab
 
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")
+_NO_NAME = re.compile(r"[^\w-]")
 _SPACE = "\u2581"
 
 
@@ -38,7 +40,7 @@ def tokenizer_files(file: GGUFFile, context: int | None) -> dict[str, str]:
         "generation_config.json": _json(_generation(parts)),
     }
     for name, template in parts.templates.items():
-        path = f"additional_chat_templates/{name}.jinja"
+        path = f"additional_chat_templates/{re.sub(_NO_NAME, '_', name)}.jinja"
         files["chat_template.jinja" if name == "default" else path] = template
     return files
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rl_mlx.cli.options import Json, Model
+from rl_mlx.cli.options import Json, Model, takes_flags
 from rl_mlx.cli.terminal import console, is_terminal, note, plain, print_json, size
 from rl_mlx.errors import InvalidRequest
 
@@ -20,32 +21,57 @@ if TYPE_CHECKING:
 NAME = "convert"
 
 
-def command(
-    model: Model,
-    destination: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write it.")],
+@dataclass(frozen=True)
+class QuantFlags:
+    """What is quantized, and how: the fields of ``Recipe``."""
+
     quant: Annotated[
         str | None,
         typer.Option(help="Quantize: q2 q3 q4 q5 q6 q8 mxfp4 mxfp8 nvfp4.", metavar="NAME"),
-    ] = None,
+    ] = None
     group_size: Annotated[
         int | None, typer.Option(help="Weights under one scale: 32, 64 or 128. [64]", metavar="N")
-    ] = None,
+    ] = None
     mixed: Annotated[
-        bool, typer.Option("--mixed", help="Wider where errors hurt most: v, o, down, embed, head.")
-    ] = False,
+        bool | None,
+        typer.Option("--mixed", help="Wider where errors hurt most: v, o, down, embed, head."),
+    ] = None
     role: Annotated[
         list[str] | None,
         typer.Option(
             help="ROLE=QUANT for v, o, down, embed, head or router; may be repeated.",
             metavar="R=Q",
         ),
-    ] = None,
+    ] = None
     tensor: Annotated[
         list[str] | None,
         typer.Option(
             help="PATTERN=QUANT (or =keep) for tensors by name; may be repeated.", metavar="P=Q"
         ),
-    ] = None,
+    ] = None
+
+    def recipe(self) -> Recipe | None:
+        """The recipe; None where nothing is to be quantized. Raises ``InvalidRequest``."""
+        from rl_mlx.convert import Recipe
+
+        if self.quant is None:
+            if any((self.group_size, self.mixed, self.role, self.tensor)):
+                raise InvalidRequest("--group-size, --mixed, --role and --tensor go with --quant")
+            return None
+        return Recipe(
+            quant=self.quant,
+            group_size=self.group_size,
+            mixed=bool(self.mixed),
+            roles=_pairs("--role", self.role or []),
+            tensors=_pairs("--tensor", self.tensor or []),
+        )
+
+
+@takes_flags
+def command(
+    model: Model,
+    destination: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write it.")],
+    quants: QuantFlags,
     fidelity: Annotated[
         str, typer.Option(help="How GGUF blocks are moved: exact, faithful or compact.")
     ] = "faithful",
@@ -62,7 +88,7 @@ def command(
     from rl_mlx.convert import convert
     from rl_mlx.store import resolve
 
-    recipe = _recipe(quant, group_size, mixed, role or [], tensor or [])
+    recipe = quants.recipe()
     files = resolve(model)
     with _bar(files.name) as progress:
         report = convert(
@@ -79,28 +105,6 @@ def command(
         print_json(report.as_dict())
     else:
         _show(report)
-
-
-def _recipe(
-    quant: str | None,
-    group_size: int | None,
-    mixed: bool,
-    roles: list[str],
-    tensors: list[str],
-) -> Recipe | None:
-    from rl_mlx.convert import Recipe
-
-    if quant is None:
-        if group_size is not None or mixed or roles or tensors:
-            raise InvalidRequest("--group-size, --mixed, --role and --tensor go with --quant")
-        return None
-    return Recipe(
-        quant=quant,
-        group_size=group_size,
-        mixed=mixed,
-        roles=_pairs("--role", roles),
-        tensors=_pairs("--tensor", tensors),
-    )
 
 
 def _pairs(option: str, given: list[str]) -> dict[str, str]:
