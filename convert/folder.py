@@ -14,6 +14,7 @@ import numpy as np
 
 from rl_mlx.convert import floats, layout
 from rl_mlx.convert.hfconfig import bilingual
+from rl_mlx.convert.prequantized import plain, with_settings
 from rl_mlx.convert.safetensors import SafetensorsFile
 from rl_mlx.convert.sanitize import Array, Arrays, Lazy, sanitize
 from rl_mlx.convert.weights import Dense, FloatType, Mode, Packed, Tensor, Weights
@@ -34,6 +35,8 @@ class FolderWeights(Weights):
 
     Families that ``layout`` knows come in canonical names and are checked against the config;
     others keep the names of their files. ``config`` is that of the folder, ``hfconfig.bilingual``.
+    What GPTQ, AWQ, compressed-tensors, modelopt and others have quantized comes as ``prequantized``
+    says.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,12 +47,14 @@ class FolderWeights(Weights):
         in a form that nobody here reads.
         """
         self.path = path
-        config = _read_json(path / "config.json")
+        config = with_settings(path, _read_json(path / "config.json"))
         self._files = _open_shards(path)
         arrays = _arrays(self._files)
         try:
             self.config = _complete(config, arrays)
             known = layout.knows(self.config)
+            if known and "quantization" not in self.config and _quant_method(self.config):
+                arrays = plain(self.config, arrays)
             self._arrays = sanitize(self.config, arrays) if known else arrays
             expected = layout.layout(self.config, len(arrays)) if known else {}
             self._packings = _packings(self.config, self._arrays, expected)
@@ -248,14 +253,8 @@ def _complete(config: Mapping[str, Any], arrays: Arrays) -> dict[str, Any]:
         raise FormatError("config.json has no 'model_type'; use another version of the model")
     if full.get("quantization") is None and layout.knows(full):
         full.pop("quantization", None)
-        method = _quant_method(full)
-        if method == "mxfp4" and full["model_type"] == "gpt_oss":
+        if _quant_method(full) == "mxfp4" and full["model_type"] == "gpt_oss":
             full["quantization"] = {"bits": 4, "group_size": 32, "mode": "mxfp4"}
-        elif method is not None:
-            raise UnsupportedModel(
-                f"its weights are quantized by {method}, which is not supported; "
-                "use an unquantized, MLX or GGUF version of the model"
-            )
     if full.get("tie_word_embeddings") is None:
         full["tie_word_embeddings"] = not any(name.startswith("lm_head.") for name in arrays)
     return full

@@ -33,7 +33,7 @@ _SIZES: Mapping[str, int] = MappingProxyType(
 _NUMPY: Mapping[str, str] = MappingProxyType(
     {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
     | {"I16": "<i2", "I8": "<i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "<u1"}
-    | {"BOOL": "?"}
+    | {"BOOL": "?", "F8_E4M3": "<u1", "F8_E8M0": "<u1"}
 )  # fmt: skip
 _MAX_DIMS = 32  # NumPy's limit before version 2; models have 4
 _LFS = b"version https://git-lfs"
@@ -75,7 +75,7 @@ class SafetensorsFile:
         return cls(path, data, _entries(path, data))
 
     def array(self, name: str) -> npt.NDArray[Any]:
-        """A read-only view of a tensor; bfloat16 comes as uint16 bit patterns.
+        """A read-only view of a tensor; bfloat16 and float8 come as uint16 and uint8 bit patterns.
 
         Raises ``KeyError`` where there is no such tensor, ``UnsupportedModel`` for a type that
         NumPy lacks and ``InvalidRequest`` once the file is closed.

@@ -29,9 +29,13 @@ class Lazy:
     read: Callable[[], Array]
     parts: tuple[Lazy, ...] = ()
     """Of an array that is stacked from others, these: some of it can be read without the rest."""
+    take: Callable[[int, int], Array] | None = None
+    """Some rows of an array that is made when it is read, where that is less work than all."""
 
     def rows(self, start: int, stop: int) -> Array:
         """Rows ``[stop - start, last axis]``, where all axes but the last count as one."""
+        if self.take is not None:
+            return self.take(start, stop)
         if not self.parts:
             width = self.shape[-1] if self.shape else 1
             return self.read().reshape(-1, width)[start:stop]
