@@ -16,7 +16,7 @@ from rl_mlx.cli.terminal import console, is_terminal, note, plain, print_json, s
 from rl_mlx.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from rl_mlx.convert import Recipe, Report
+    from rl_mlx.convert import ExportReport, Recipe, Report
 
 NAME = "convert"
 
@@ -90,7 +90,7 @@ def command(
 
     recipe = quants.recipe()
     files = resolve(model)
-    with _bar(files.name) as progress:
+    with progress_bar(files.name) as progress:
         report = convert(
             files.path,
             destination,
@@ -104,7 +104,7 @@ def command(
     if json:
         print_json(report.as_dict())
     else:
-        _show(report)
+        print_report(report)
 
 
 def _pairs(option: str, given: list[str]) -> dict[str, str]:
@@ -118,7 +118,7 @@ def _pairs(option: str, given: list[str]) -> dict[str, str]:
 
 
 @contextmanager
-def _bar(name: str) -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(name: str) -> Iterator[Callable[[int, int], None] | None]:
     """A bar with bytes a second on stderr, where that is a terminal."""
     if not is_terminal(sys.stderr):
         yield None
@@ -144,7 +144,7 @@ def _bar(name: str) -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _show(report: Report) -> None:
+def print_report(report: Report | ExportReport) -> None:
     """The table, and a line on what it all comes to."""
     head, *lines, last = report.rows()
     widths = [max(map(len, column)) for column in zip(*(head, *lines, last), strict=True)]

@@ -105,7 +105,7 @@ def test_wrong_commands(
 def test_the_bar_is_for_terminals(
     home: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    with module._bar("x") as progress:
+    with module.progress_bar("x") as progress:
         assert progress is None
     monkeypatch.setattr(module, "is_terminal", lambda stream: True)
     assert main(["convert", str(model), str(tmp_path / "out")]) == 0

@@ -185,7 +185,7 @@ def test_unknown_quantization(make_folder, hf_config, mlx_model):
     config["quantization"] = {"model.embed_tokens": {"group_size": 32, "bits": 4, "mode": "int4"}}
     with pytest.raises(UnsupportedModel, match=r"mode 'int4'"):
         FolderWeights(make_folder(config, {"model.safetensors": arrays}, name="mode"))
-    for method in ("gptq", "fp8", "compressed-tensors"):
+    for method in ("bitsandbytes", "aqlm", "hqq"):
         config = hf_config(quantization_config={"quant_method": method})
         with pytest.raises(UnsupportedModel, match=f"quantized by {method}.*use an unquantized"):
             FolderWeights(make_folder(config, {"model.safetensors": arrays}, name=method))
