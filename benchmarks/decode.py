@@ -9,26 +9,22 @@ detokenizes, and so does ours.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
 import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
+from _paired import in_turns, load_mlx_lm, median, parser, ratios, run_parts
 
-def theirs(path: str) -> Any:
+Run = Callable[[list[int], int], tuple[float, list[int]]]
+PROMPT = list(range(5, 21))
+
+
+def theirs(path: str) -> Run:
     """A function that gives mlx-lm's seconds for the tokens after the first, and its token ids."""
-    import mlx.core as mx
-    from mlx_lm import load, stream_generate
+    from mlx_lm import stream_generate
     from mlx_lm.sample_utils import make_sampler
 
-    # mlx-lm 0.32 reads no rope_parameters, as transformers 5 writes them: it gets its own words.
-    rope = json.loads((Path(path) / "config.json").read_text()).get("rope_parameters", {})
-    model, tokenizer = load(path, model_config={k: rope[k] for k in ("rope_theta",) if k in rope})
-    model.set_dtype(mx.float32)
-    tokenizer._eos_token_ids = set()
+    model, tokenizer = load_mlx_lm(path)
     sampler = make_sampler(0.0)
 
     def run(prompt: list[int], tokens: int) -> tuple[float, list[int]]:
@@ -41,7 +37,7 @@ def theirs(path: str) -> Any:
     return run
 
 
-def ours(path: str) -> Any:
+def ours(path: str) -> Run:
     """The same of rl-mlx."""
     from rl_mlx import LLM
 
@@ -61,41 +57,27 @@ def ours(path: str) -> Any:
     return run
 
 
+def one_stream(path: str, tokens: int, pairs: int) -> dict[str, Any]:
+    """Both sides in turns."""
+    runs = {"rl-mlx": ours(path), "mlx-lm": theirs(path)}
+    sides = {name: lambda _, run=run: run(PROMPT, tokens) for name, run in runs.items()}
+    found = in_turns(sides, pairs)
+    rates = {name: [(tokens - 1) / s for s, _ in each] for name, each in found.items()}
+    return {
+        "tokens": tokens,
+        "same tokens": found["rl-mlx"][-1][1] == found["mlx-lm"][-1][1],
+        "tokens per second": {name: median(each, 1) for name, each in rates.items()},
+        "ratio": ratios(rates["rl-mlx"], rates["mlx-lm"]),
+    }
+
+
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", help="a safetensors folder that both can load")
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    runs = {"rl-mlx": ours(options.folder), "mlx-lm": theirs(options.folder)}
-    prompt = list(range(5, 21))
-    ids = {name: run(prompt, 16)[1] for name, run in runs.items()}  # a warm-up
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for pair in range(options.pairs):
-        for name in list(runs) if pair % 2 else list(runs)[::-1]:
-            took, ids[name] = runs[name](prompt, options.tokens)
-            seconds[name].append(took)
-    rates = {n: [(options.tokens - 1) / s for s in values] for n, values in seconds.items()}
-    ratios = [a / b for a, b in zip(rates["rl-mlx"], rates["mlx-lm"])]
-    report = {
-        "machine": f"{platform.machine()} {platform.system()}",
-        "tokens": options.tokens,
-        "same_tokens": ids["rl-mlx"] == ids["mlx-lm"],
-        "tokens_per_second": {n: round(statistics.median(r), 1) for n, r in rates.items()},
-        "ratio": {
-            "median": round(statistics.median(ratios), 3),
-            "all": [round(r, 3) for r in ratios],
-        },
-    }
-    if options.json:
-        print(json.dumps(report, indent=2))
-        return
-    for name, rate in report["tokens_per_second"].items():
-        print(f"{name:8} {rate:8.1f} tokens/s")
-    print(f"ratio    {report['ratio']['median']:8.3f} (median of {options.pairs} pairs)")
-    print(f"same tokens: {report['same_tokens']}")
+    options = parser(__doc__)
+    options.add_argument("folder", help="a safetensors folder that both can load")
+    options.add_argument("--tokens", type=int, default=256)
+    args = options.parse_args()
+    run_parts({"one stream": lambda: one_stream(args.folder, args.tokens, args.pairs)}, args)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,16 @@ from rl_mlx.convert.weights import Mode
 from rl_mlx.model.plan import Activation
 
 
+def laid_out(weight: mx.array) -> mx.array:
+    """The same ``[..., out, in]``, lying in memory as products with its transpose want it.
+
+    MLX's BLAS on a plain CPU is twice as fast where the inputs' axis is the outer one.
+    """
+    if mx.default_device() != mx.Device(mx.cpu):
+        return weight
+    return mx.contiguous(weight.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+
 @dataclass(frozen=True)
 class DenseMatrix:
     """``[..., out, in]`` of floats."""
@@ -39,7 +49,7 @@ class DenseMatrix:
         if not all(isinstance(o, DenseMatrix) for o in others):
             return None
         weights = [self.weight, *(o.weight for o in others)]
-        return DenseMatrix(mx.concatenate(weights, axis=-2))
+        return DenseMatrix(laid_out(mx.concatenate(weights, axis=-2)))
 
     def arrays(self) -> list[mx.array]:
         """All that is held."""

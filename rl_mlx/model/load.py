@@ -21,6 +21,7 @@ from rl_mlx.model.layers import (
     QuantizedMatrix,
     RMSNorm,
     SplitLinear,
+    laid_out,
 )
 from rl_mlx.model.mlp import MLP, ExpertLinear, MoE
 from rl_mlx.model.plan import AttentionPlan, ConvPlan, DecoderPlan, MLPPlan, MoEPlan
@@ -164,7 +165,8 @@ class _Builder:
     def _matrix(self, name: str) -> Matrix:
         tensor = self._load(f"{name}.weight")
         if isinstance(tensor, Dense):
-            return DenseMatrix(_evaluated(_float_array(tensor.array, tensor.dtype, self._dtype)))
+            dense = _float_array(tensor.array, tensor.dtype, self._dtype)
+            return DenseMatrix(_evaluated(laid_out(dense)))
         scales = _scale_array(tensor.scales, tensor.dtype, self._dtype)
         biases = None
         if tensor.biases is not None:
