@@ -1,0 +1,85 @@
+"""Exported files run on llama.cpp, and compute what the folder computes on MLX."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import rl_mlx.demo
+from rl_mlx import LLM
+from rl_mlx.convert import convert, export
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is None or sys.platform == "win32",
+    reason="needs llama.cpp's binding, whose C API is hidden on Windows",
+)
+
+
+def logits(model: Path, backend: str, ids: list[int]) -> np.ndarray:
+    with LLM(str(model), backend=backend, dtype="float32") as llm:
+        return llm.logits(ids)
+
+
+def of_parity(shared: Path, name: str, folder: Path) -> list[int]:
+    convert(shared / "parity" / f"{name}.gguf", folder)
+    return np.load(shared / "parity" / f"{name}.npz")["ids"].ravel()[:24].tolist()
+
+
+# llama.cpp's table of GELU has float16 entries, and its gpt-oss rounds activations to float16.
+TOLERANCES = {"gemma2": 5e-3, "gemma3_text": 6e-3, "gpt_oss": 5e-2}
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    "name",
+    ["gemma2", "gemma3_text", "gpt_oss", "lfm2", "llama", "mixtral", "qwen3", "llama3-rope",
+     "qwen2", "qwen3_moe"],
+)  # fmt: skip
+def test_floats_give_our_logits(name: str, shared: Path, tmp_path: Path) -> None:
+    ids = of_parity(shared, name, tmp_path / "mlx")
+    export(tmp_path / "mlx", tmp_path / "out.gguf", quant="F32")
+    ours = logits(tmp_path / "mlx", "mlx", ids)
+    theirs = logits(tmp_path / "out.gguf", "llama.cpp", ids)
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=TOLERANCES.get(name, 2e-3))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
+    """A trained model as an MLX folder, and a conversation: models of chance have near ties."""
+    source = next(Path(rl_mlx.demo.__file__).parent.glob("demo.gguf"))
+    folder = tmp_path_factory.mktemp("demo") / "mlx"
+    convert(source, folder)
+    with LLM(str(source), backend="mlx", dtype="float32") as llm:
+        prompt = llm.apply_template([{"role": "user", "content": "Hello, who are you?"}])
+        answer = llm.generate(prompt, max_tokens=48, temperature=0).text
+        return folder, llm.tokenize(prompt + answer)
+
+
+@pytest.mark.parametrize("how", ["Q4_K_M", "Q8_0", "q4 of MLX", "mxfp4 of MLX", "nvfp4 of MLX"])
+def test_quantized_files_agree_on_the_next_token(
+    how: str, demo: tuple[Path, list[int]], tmp_path: Path
+) -> None:
+    folder, ids = demo
+    quant, _, mlx = how.partition(" of ")
+    if mlx:
+        convert(folder, tmp_path / "q", quant=quant)
+        folder = tmp_path / "q"
+    export(folder, tmp_path / "out.gguf", quant=None if mlx else quant)
+    ours = logits(folder if mlx else tmp_path / "out.gguf", "mlx", ids)
+    theirs = logits(tmp_path / "out.gguf", "llama.cpp", ids)
+    assert (ours.argmax(-1) == theirs.argmax(-1)).mean() >= 0.95
+
+
+@pytest.mark.shared
+def test_a_tokenizer_comes_out_as_it_went_in(shared: Path, tmp_path: Path) -> None:
+    export(shared / "hf" / "qwen2", tmp_path / "out.gguf")
+    text = "Hello, wörld!  12345\n\n  naïve café 你好 <|im_start|>"
+    with LLM(str(shared / "hf" / "qwen2"), backend="mlx", dtype="float32") as llm:
+        expected = llm.tokenize(text), llm.apply_template([{"role": "user", "content": "hi"}])
+    with LLM(str(tmp_path / "out.gguf"), backend="llama.cpp") as llm:
+        assert llm.tokenize(text) == expected[0]
+        assert llm.apply_template([{"role": "user", "content": "hi"}]) == expected[1]
