@@ -13,13 +13,22 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from rl_mlx.llm import AsyncLLM
-from rl_mlx.server import anthropic, openai, openai_chat
+from rl_mlx.server import anthropic, library, ollama, openai, openai_chat
 from rl_mlx.server.endpoint import Endpoint
 from rl_mlx.server.guard import Guard
 from rl_mlx.server.metrics import Metrics
 from rl_mlx.server.models import Load, Models
 from rl_mlx.server.problems import Problem, dialect_of
+from rl_mlx.server.schemas import ollama as ollama_schemas
 from rl_mlx.server.schemas.anthropic import CountRequest, MessagesRequest
+from rl_mlx.server.schemas.ollama import (
+    EmbeddingsRequest,
+    EmbedRequest,
+    GenerateRequest,
+    NamedRequest,
+    PullRequest,
+    ShowRequest,
+)
 from rl_mlx.server.schemas.openai import ChatRequest, CompletionRequest, EmbeddingRequest
 from rl_mlx.server.settings import ServerSettings
 from rl_mlx.server.state import State
@@ -79,13 +88,25 @@ def routes() -> list[Route]:
         _post("/v1/embeddings", openai.embeddings, EmbeddingRequest),
         _post("/v1/messages", anthropic.messages, MessagesRequest),
         _post("/v1/messages/count_tokens", anthropic.count_tokens, CountRequest),
+        _post("/api/generate", ollama.generate, GenerateRequest),
+        _post("/api/chat", ollama.chat, ollama_schemas.ChatRequest),
+        _post("/api/embed", ollama.embed, EmbedRequest),
+        _post("/api/embeddings", ollama.embeddings, EmbeddingsRequest),
+        _get("/api/tags", library.tags),
+        _get("/api/ps", library.ps),
+        _get("/api/version", library.version),
+        _post("/api/show", library.show, ShowRequest, works=False),
+        _post("/api/pull", library.pull, PullRequest),
+        _post("/api/delete", library.delete, NamedRequest, method="DELETE", works=False),
         _get("/v1/models", openai.models),
         _get("/v1/models/{name:path}", openai.model),
     ]
 
 
-def _post(path: str, handler: Any, schema: Any) -> Route:
-    return Route(path, Endpoint(handler, schema), methods=["POST"])
+def _post(
+    path: str, handler: Any, schema: Any, *, method: str = "POST", works: bool = True
+) -> Route:
+    return Route(path, Endpoint(handler, schema, works=works), methods=[method])
 
 
 def _get(path: str, handler: Any) -> Route:

@@ -38,7 +38,8 @@ class Job:
     ``effort`` is how hard to think (``none``, ``low``... or None for as the model does), and
     ``effort_name`` the parameter that says so. After ``max_calls`` calls of tools the answer ends;
     it must call a tool, or the one named, where ``must_call`` says so. ``form`` is what the answer
-    must be, reasoning aside.
+    must be, reasoning aside. ``before`` are the token ids of earlier turns; ``context`` is how many
+    tokens the model must at least have room for.
     """
 
     model: str
@@ -54,6 +55,8 @@ class Job:
     max_calls: int | None = None
     must_call: bool | str = False
     form: Grammar | None = None
+    before: Sequence[int] = ()
+    context: int | None = None
     keep_alive: object = KEEP
 
 
@@ -112,6 +115,11 @@ def prepare(model: Loaded, job: Job, defaults: Mapping[str, Any]) -> Prepared:
     outside = next((t for t in params.logit_bias if t >= model.llm.info.vocab), None)
     if outside is not None:
         raise BadParameter("logit_bias", f"the vocabulary has no token {outside}")
+    if job.context is not None and job.context > model.llm.info.context:
+        raise BadParameter(
+            "num_ctx",
+            f"{model.files.name} runs with a context of {model.llm.info.context}; see --context",
+        )
     if not job.messages:
         params = replace(params, grammar=job.form)
         return Prepared([model.llm.encode(prompt) for prompt in job.prompts], params)
@@ -122,7 +130,7 @@ def prepare(model: Loaded, job: Job, defaults: Mapping[str, Any]) -> Prepared:
     text = model.template.render(_roles(model, job.messages), job.tools, **options)
     tail = text[-_TAIL:]
     params = replace(params, grammar=_grammar(model, job, tail))
-    return Prepared([model.llm.encode_rendered(text)], params, tail)
+    return Prepared([[*job.before, *model.llm.encode_rendered(text)]], params, tail)
 
 
 def _grammar(model: Loaded, job: Job, tail: str) -> Grammar | None:

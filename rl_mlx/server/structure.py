@@ -112,7 +112,7 @@ def strict_calls(
     if own.name != FORCED.name:
         raise BadParameter(
             f"tools[{strict}].function.strict",
-            "calls of this model cannot be held to it; leave it out, or force a call by tool_choice",
+            "calls of this model cannot be held to it; leave it out, or use tool_choice",
         )
     tags = [
         StructTag(

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 from rl_mlx.convert.files import is_weights
@@ -109,8 +109,9 @@ def choose(files: Iterable[str], ref: HubRef) -> tuple[str, list[str]]:
     return f"{ref.repo}:{chosen.tag}", list(chosen.files)
 
 
-def download(ref: HubRef) -> ModelFiles:
-    """Fetch what is not here yet of a model, with progress on stderr.
+def download(ref: HubRef, bar: type[Any] | None = None) -> ModelFiles:
+    """Fetch what is not here yet of a model, with progress on stderr, or told to ``bar``, a class
+    like ``tqdm``; what that raises ends the download.
 
     Raises ``ModelNotFound``, ``OutOfMemory`` where the disk is too small, ``RlMlxError`` for a
     network that fails.
@@ -131,7 +132,7 @@ def download(ref: HubRef) -> ModelFiles:
         # One after the other in this thread (each is fetched in parallel pieces): the pool that
         # snapshot_download has would not let go at Ctrl-C. The branch is noted when all is here.
         for file in files:
-            api.hf_hub_download(ref.repo, file, revision=info.sha, cache_dir=cache)
+            api.hf_hub_download(ref.repo, file, revision=info.sha, cache_dir=cache, tqdm_class=bar)
         first = api.hf_hub_download(ref.repo, files[0], revision=ref.revision, cache_dir=cache)
     except (network_error, OSError, errors.HFValidationError) as error:
         raise _explain(error, ref, cache) from error
