@@ -1,10 +1,11 @@
-"""Run open-weights language models on your own machine: MLX first, GGUF in and out, every host served.
+"""Run open-weights language models on your own machine: MLX first, every host served.
 
 >>> from rl_mlx import LLM
 >>> with LLM("demo") as llm:
 ...     print(llm.chat([{"role": "user", "content": "What is rl-mlx?"}]).text)
 
-Importing this package starts nothing and loads neither mlx nor numpy; the names below do when first used.
+Importing this package starts nothing and loads neither mlx nor numpy; the names below do when
+first used.
 """
 
 from __future__ import annotations

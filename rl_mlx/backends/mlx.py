@@ -73,7 +73,7 @@ class MLXBackend(Backend):
             runner = Runner(model, governor, CHUNK, kv)
             kv_bytes.set_result(_kv_bytes_per_token(runner.arena))
             scheduler = Scheduler(max_rows=MAX_ROWS, queue_limit=QUEUE_LIMIT, admit=runner.admits)
-            proposer = draft and draft.load(info, governor)
+            proposer = draft.load(info, governor) if draft else None
             return runner, scheduler, Speculator(proposer, settings.draft_tokens)
 
         put_back = governor.limit_device()

@@ -1,4 +1,4 @@
-"""The training network, against the decoder that runs its files, and the draft against the target."""
+"""The network that trains is the one that answers, and the draft guesses it often enough."""
 
 from __future__ import annotations
 
