@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from rl_mlx.llm import AsyncLLM
-from rl_mlx.server import anthropic, library, ollama, openai, openai_chat
+from rl_mlx.server import anthropic, library, ollama, openai, openai_chat, responses
 from rl_mlx.server.endpoint import Endpoint
 from rl_mlx.server.guard import Guard
 from rl_mlx.server.metrics import Metrics
@@ -30,6 +30,7 @@ from rl_mlx.server.schemas.ollama import (
     ShowRequest,
 )
 from rl_mlx.server.schemas.openai import ChatRequest, CompletionRequest, EmbeddingRequest
+from rl_mlx.server.schemas.responses import ResponseRequest
 from rl_mlx.server.settings import ServerSettings
 from rl_mlx.server.state import State
 from rl_mlx.settings import ModelSettings
@@ -84,6 +85,7 @@ def routes() -> list[Route]:
         Route("/ready", _ready, methods=["GET"]),
         Route("/metrics", _metrics, methods=["GET"]),
         _post("/v1/chat/completions", openai_chat.chat, ChatRequest),
+        _post("/v1/responses", responses.create, ResponseRequest),
         _post("/v1/completions", openai.completions, CompletionRequest),
         _post("/v1/embeddings", openai.embeddings, EmbeddingRequest),
         _post("/v1/messages", anthropic.messages, MessagesRequest),

@@ -74,11 +74,17 @@ def problem_of(error: Exception, request_id: str = "") -> Problem:
     return Problem(500, message, None, request_id)
 
 
+_BRANCHES = ("str", "int", "float", "bool")
+
+
 def _first_of(error: ValidationError) -> tuple[str, str | None]:
     """The first thing wrong in a body, and the parameter it is wrong in."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    found = max(errors, key=lambda e: len(e["loc"]))  # of a choice's branches, the one it was in
     where = ""
     for part in found["loc"]:
+        if isinstance(part, str) and (part in _BRANCHES or "[" in part):
+            continue
         where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)
     if found["type"] == "extra_forbidden":
         return f"{where}: this parameter is unknown, or not supported here", where

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -22,13 +23,23 @@ class State:
 
     INLINE = 1 << 16
     """Bytes up to which a body is parsed in the event loop."""
+    STORED = 1000
+    """Responses that can be gone on from."""
 
     def __init__(self, settings: ServerSettings, models: Models, metrics: Metrics) -> None:
         self.settings = settings
         self.models = models
         self.metrics = metrics
         self.gate = Gate(settings.queue)
+        self.conversations: OrderedDict[str, list[dict[str, Any]]] = OrderedDict()
+        """The turns of stored responses, by id."""
         self._threads = ThreadPoolExecutor(2, "rl-mlx-text")
+
+    def remember(self, response_id: str, turns: list[dict[str, Any]]) -> None:
+        """Keep a conversation, and forget the oldest one that is too many."""
+        self.conversations[response_id] = turns
+        if len(self.conversations) > self.STORED:
+            self.conversations.popitem(last=False)
 
     async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
         """The value of a function run in one of the threads for text."""
