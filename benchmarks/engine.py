@@ -71,9 +71,7 @@ class Ours:
         def start() -> None:
             for index, (prompt, tokens) in itertools.islice(waiting, 1):
                 params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
-                request = Request(
-                    id=f"r{next(self._count)}", prompt=tuple(prompt), params=params
-                )
+                request = Request(id=f"r{next(self._count)}", prompt=tuple(prompt), params=params)
                 self.backend.submit(request, functools.partial(emit, index))
 
         def emit(index: int, event: Event) -> None:
@@ -170,7 +168,9 @@ class Bench:
         same = [a == b for x, y in zip(ours, theirs) for a, b in zip(x.ids, y.ids)]
         last = ours[-1].timings
         return {
-            "tokens per second": {n: median([r.rate for r in each], 1) for n, each in found.items()},
+            "tokens per second": {
+                n: median([r.rate for r in each], 1) for n, each in found.items()
+            },
             "ratio": ratios([r.rate for r in ours], [r.rate for r in theirs]),
             "first token, seconds": {n: median([r.first for r in e]) for n, e in found.items()},
             "same answers": f"{sum(same)} of {len(same)}",

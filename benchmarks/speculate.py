@@ -38,12 +38,12 @@ from rl_mlx.engine.speculate import Lookup, Speculator
 from rl_mlx.sample.sampler import Row, Sampler
 from rl_mlx.sample.verify import Draft
 from rl_mlx.text.tokenizer import Tokenizer
-from rl_mlx.types import Event, Finished, Request, SamplingParams, Timings
+from rl_mlx.types import Event, Finished, Request, Result, SamplingParams, Timings
 
 EXACT = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
-def synthetic(pairs: int = 5, draws: int = 20_000) -> dict[str, Any]:
+def synthetic(pairs: int = 5, draws: int = 50_000) -> dict[str, Any]:
     """Acceptance at temperature 1 against ``sum(min(p, q))``, for pairs of random logits."""
     vocab, batch = 64, 500
     params = SamplingParams(**EXACT)
@@ -52,9 +52,13 @@ def synthetic(pairs: int = 5, draws: int = 20_000) -> dict[str, Any]:
         keys = mx.random.split(mx.random.key(pair), 2)
         p, q = (mx.random.normal((vocab,), key=key) * (1 + pair / 2) for key in keys)
         want = float(mx.minimum(mx.softmax(p), mx.softmax(q)).sum())
+        matching = float((mx.softmax(p) * mx.softmax(q)).sum())
         sampler, accepted = Sampler([params] * batch), 0
         for start in range(0, draws, batch):
-            rows = [[Row(params, start + b, (1,), (), at) for at in (0, 1)] for b in range(batch)]
+            rows = [
+                [Row(params, pair * draws + start + b, (1,), (), at) for at in (0, 1)]
+                for b in range(batch)
+            ]
             logits = mx.broadcast_to(q, (batch, vocab))
             tokens, kept = sampler.propose(logits, [each[0] for each in rows])
             draft = Draft(tokens[:, None], [1] * batch, kept[:, None])
@@ -64,6 +68,7 @@ def synthetic(pairs: int = 5, draws: int = 20_000) -> dict[str, Any]:
         found[f"pair {pair}"] = {
             "sum(min(p, q))": round(want, 4),
             "accepted": round(accepted / draws, 4),
+            "sum(p * q), of sample-and-match": round(matching, 4),
             "standard errors off": round((accepted / draws - want) / error, 2),
         }
     return found
@@ -103,33 +108,36 @@ class Pair:
             made.append(load_mlx_lm(folder)[0])
         return made[0], made[1]
 
-    def run_ours(self, llm: LLM, tokens: int, **sampling: Any) -> list[Timings]:
+    def run_ours(self, llm: LLM, tokens: int, seed: int = 0, **sampling: Any) -> list[Result]:
         """One answer after the other."""
         return [
-            llm.generate(p, max_tokens=tokens, seed=i, **sampling).timings
+            llm.generate(p, max_tokens=tokens, seed=seed + i, **sampling)
             for i, p in enumerate(self.prompts)
         ]
 
-    def run_theirs(self, draft: int, tokens: int, temperature: float) -> tuple[int, int, int]:
+    def run_theirs(
+        self, draft: int, tokens: int, temperature: float, seed: int = 0
+    ) -> tuple[int, int, int]:
         """Drafted and accepted tokens, and steps of the target."""
         from mlx_lm.generate import speculative_generate_step
         from mlx_lm.sample_utils import make_sampler
 
         eos = Tokenizer.from_gguf(self.target).eos_ids
-        drafted = accepted = steps = 0
+        accepted = steps = 0
         for i, prompt in enumerate(self.prompts):
-            mx.random.seed(i)
+            mx.random.seed(seed + i)
             came = speculative_generate_step(
                 mx.array(prompt), *self.theirs, num_draft_tokens=draft, max_tokens=tokens,
                 sampler=make_sampler(temperature),
             )  # fmt: skip
+            begins = True
             for token, _, is_drafted in came:
+                steps += begins
                 accepted += is_drafted
-                steps += not is_drafted
-                drafted += 0 if is_drafted else draft
+                begins = not is_drafted  # the target's own token ends a step
                 if token in eos:
                     break
-        return drafted, accepted, steps
+        return draft * steps, accepted, steps
 
 
 def expected(pair: Pair) -> dict[str, float]:
@@ -157,15 +165,22 @@ def expected(pair: Pair) -> dict[str, float]:
 def acceptance(pair: Pair) -> dict[str, Any]:
     """One draft token a step, against mlx-lm, at temperature 1 and greedy."""
     found: dict[str, Any] = {"expected at temperature 1": expected(pair)}
-    for name, temperature in (("temperature 1", 1.0), ("greedy", 0.0)):
-        ours = pair.run_ours(pair.ours(1), 96, **{**EXACT, "temperature": temperature})
-        mine = sum(t.accepted for t in ours) / sum(t.drafted for t in ours)
-        drafted, accepted, _ = pair.run_theirs(1, 96, temperature)
+    for name, temperature, rounds in (("temperature 1", 1.0, pair.pairs), ("greedy", 0.0, 1)):
+        sampling = {**EXACT, "temperature": temperature}
+        mine, theirs = [0, 0], [0, 0]
+        for seed in range(0, 1000 * rounds, 1000):
+            timings = [r.timings for r in pair.run_ours(pair.ours(1), 96, seed, **sampling)]
+            mine[0] += sum(t.drafted for t in timings)
+            mine[1] += sum(t.accepted for t in timings)
+            drafted, accepted, _ = pair.run_theirs(1, 96, temperature, seed)
+            theirs[0] += drafted
+            theirs[1] += accepted
+        rates = mine[1] / mine[0], theirs[1] / theirs[0]
         found[name] = {
-            "rl-mlx": round(mine, 4),
-            "mlx-lm": round(accepted / drafted, 4),
-            "ratio": round(mine / (accepted / drafted), 3),
-            "draft tokens": {"rl-mlx": sum(t.drafted for t in ours), "mlx-lm": drafted},
+            "rl-mlx": round(rates[0], 4),
+            "mlx-lm": round(rates[1], 4),
+            "ratio": round(rates[0] / rates[1], 3),
+            "draft tokens": {"rl-mlx": mine[0], "mlx-lm": theirs[0]},
         }
     return found
 
@@ -173,8 +188,9 @@ def acceptance(pair: Pair) -> dict[str, Any]:
 def tokens_per_forward(pair: Pair) -> dict[str, Any]:
     """Greedy, four draft tokens a step; prompts are left out on both sides."""
     ours = pair.run_ours(pair.ours(4), 96, temperature=0)
-    made = sum(t.generated - 1 for t in ours)
-    forwards = sum(t.forwards - 1 for t in ours)
+    # The prompt's forward and the token it gives are left out; the end of the answer is a token.
+    made = sum(r.timings.generated - 1 + (r.finish_reason == "stop") for r in ours)
+    forwards = sum(r.timings.forwards - 1 for r in ours)
     _, accepted, steps = pair.run_theirs(4, 96, 0.0)
     return {
         "rl-mlx": round(made / forwards, 3),
@@ -226,13 +242,13 @@ def lookup(pair: Pair) -> dict[str, Any]:
     device = MLXDevice(1 << 30)
     count = itertools.count()
 
-    def start(fixed: int | None) -> Any:
+    def start(fixed: int) -> Any:
         runner = Runner(model, Governor(device, 1 << 30, 0))
         scheduler = Scheduler(max_rows=1, queue_limit=1, admit=runner.admits)
         return runner, scheduler, Speculator(Lookup(), fixed)
 
     found = {}
-    for fixed in (4, 8, None):
+    for fixed in (4, 8):
         engine = Engine(functools.partial(start, fixed))
         made = forwards = 0
         for question, answer in copy_tasks():
@@ -256,8 +272,7 @@ def lookup(pair: Pair) -> dict[str, Any]:
             made += timings[0].generated - 1
             forwards += timings[0].forwards - 1
         engine.close()
-        name = "its own pace" if fixed is None else f"{fixed} a step"
-        found[name] = {"tokens": made, "tokens a forward": round(made / forwards, 3)}
+        found[f"{fixed} a step"] = {"tokens": made, "tokens a forward": round(made / forwards, 3)}
     return found
 
 

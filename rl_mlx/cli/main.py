@@ -20,7 +20,20 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from rl_mlx import __version__
-from rl_mlx.cli import chat, convert, doctor, export, generate, listing, ps, pull, rm, serve, show
+from rl_mlx.cli import (
+    bench,
+    chat,
+    convert,
+    doctor,
+    export,
+    generate,
+    listing,
+    ps,
+    pull,
+    rm,
+    serve,
+    show,
+)
 from rl_mlx.cli.terminal import complain
 from rl_mlx.errors import RlMlxError
 
@@ -76,7 +89,7 @@ def root(
     """Run open-weights language models on this machine."""
 
 
-for _module in (chat, generate, serve, ps, show, listing, pull, rm, convert, export, doctor):
+for _module in (chat, generate, serve, ps, show, listing, pull, rm, convert, export, bench, doctor):
     app.command(_module.NAME)(_module.command)
 
 

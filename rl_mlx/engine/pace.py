@@ -3,7 +3,7 @@
 A step that verifies ``k`` draft tokens takes ``cost(k)`` seconds and, with a chance ``a`` for each
 token to be accepted after the one before, gives ``1 + a + ... + a^k`` tokens. The ``k`` with the
 most tokens a second is chosen; where that is 0 drafting sleeps, and is tried again after twice as
-many tokens as the last time.
+many tokens as the last time, or later: a try of which nothing was accepted is paid for first.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ MOST = 8
 _WEIGHT = 0.25  # of a new measurement of a cost
 _FIRST_SLEEP, _LONGEST_SLEEP = 32, 1024
 _TRY = 2  # tokens drafted when waking up
+_PRICE = 0.01  # of all steps, the most that tries of no use may take
 
 
 class Costs:
@@ -35,6 +36,11 @@ class Costs:
     def knows_plain(self, batch: int) -> bool:
         """Whether a plain step of this batch size was measured."""
         return (batch, 0) in self._seconds
+
+    def steps(self, batch: int, seconds: float) -> float:
+        """``seconds`` in plain steps of this batch size; 1 where none was measured."""
+        plain = self._seconds.get((batch, 0))
+        return seconds / plain if plain else 1.0
 
     def ratio(self, batch: int, length: int) -> float:
         """The cost of a draft of ``length``, in plain steps; hopeful where nothing is known."""
@@ -65,6 +71,7 @@ class Pace:
     _sleep: int = 0
     _next_sleep: int = _FIRST_SLEEP
     _trying: bool = True
+    _lost: float = 0.0  # plain steps that the last draft cost and nothing came of
 
     @property
     def awake(self) -> bool:
@@ -86,7 +93,8 @@ class Pace:
         best = max(range(MOST + 1), key=lambda k: self.speed(k, batch))
         self.gain = self.speed(best, batch)
         if best == 0:
-            self._sleep = self._next_sleep
+            paid = min(self._lost / _PRICE, _LONGEST_SLEEP)
+            self._sleep = max(self._next_sleep, round(paid))
             self._next_sleep = min(2 * self._next_sleep, _LONGEST_SLEEP)
         return best
 
@@ -95,11 +103,12 @@ class Pace:
         expected = sum(self.rate**i for i in range(length + 1))
         return expected / self.costs.ratio(batch, length)
 
-    def observe(self, drafted: int, accepted: int) -> None:
-        """So many were drafted and accepted; those after the first rejected say nothing."""
-        tried = min(accepted + 1, drafted)
+    def observe(self, drafted: int, accepted: int, steps: float = 1.0) -> None:
+        """So many were drafted and accepted, in the time of so many plain ``steps``."""
+        tried = min(accepted + 1, drafted)  # those after the first rejected say nothing
         if tried == 0:
             return
+        self._lost = 0.0 if accepted else max(0.0, steps - 1.0)
         self.rate = (self.rate * self._trust + accepted) / (self._trust + tried)
         self._trust = min(self._trust + tried, 32.0)
         if accepted == drafted:

@@ -301,7 +301,7 @@ class Speculator:
         self._costs.observe(len(batch), draft.tokens.shape[1], seconds)
         for s, count, right in zip(batch, draft.counts, accepted):
             pace = self._pace(s)
-            pace.observe(count, right)
+            pace.observe(count, right, self._costs.steps(len(batch), seconds))
             s.drafted += count
             s.accepted += right
             s.gain = pace.gain
