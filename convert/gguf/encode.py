@@ -75,11 +75,11 @@ def survey(piece: Packed) -> Survey:
     """What rows ``[rows, columns]`` in an affine container ask for."""
     scale, bias = _settled(piece)
     wide_scale, wide_bias = scale.astype(np.float64), bias.astype(np.float64)
-    with np.errstate(all="ignore"):
-        steps = np.rint(-wide_bias / wide_scale)
-        half = [x.astype(np.float16).astype(np.float32) for x in (scale, bias)]
     free = (scale == 0) & (bias == 0)
-    whole = np.isfinite(steps) & (-steps * wide_scale == wide_bias) & (abs(steps) < 1 << 20)
+    with np.errstate(all="ignore"):
+        half = [x.astype(np.float16).astype(np.float32) for x in (scale, bias)]
+        steps = np.rint(-wide_bias / wide_scale)
+        whole = np.isfinite(steps) & (-steps * wide_scale == wide_bias) & (abs(steps) < 1 << 20)
     steps = steps[whole & ~free]
     shifts: tuple[int, int] | None = Survey.shifts
     if not (whole | free).all():
@@ -193,7 +193,7 @@ def _half(values: F32) -> U8:
 def _shifted(codes: U8, scale: F32, bias: F32, zero: int) -> U8:
     """Codes of the same values where code ``zero`` stands for nothing."""
     with np.errstate(all="ignore"):
-        below = np.where(scale == 0, 0.0, np.rint(-bias.astype(np.float64) / scale))
+        below = np.where(scale == 0, zero, np.rint(-bias.astype(np.float64) / scale))
     move = zero - below.astype(np.int16)
     return codes + move.astype(np.uint8)  # modulo 256, and the sum is in range
 

@@ -37,7 +37,8 @@ _PROBE = (
     "\u4f60\u597d\uff0c\u4e16\u754c \u3053\u3093\u306b\u3061\u306f \u30ab\u30bf \uc548\ub155 "
     "\u0645\u0631\u062d\u0628\u0627 \u0928\u092e\u0938\u094d\u0924\u0947 \u0e2a\u0e27\u0e31 "
     "\u041f\u0440\u0438\u0432\u0435\u0442 \U0001f680\U0001f468\u200d\U0001f469 $5 \u20ac7 #tag "
-    "@me `code` a&b|c ~~ ^^ \u0661\u0662\u0663 !!! ?! \u2026 IMGIMGABCZ <sentinel:1>   "
+    "@me it'sfoo 'reALLY x   123  45\n\n  6 `code` a&b|c ~~ ^^ "
+    " \u0661\u0662\u0663 !!! ?! \u2026 IMGIMGABCZ <sentinel:1>   "
 )
 
 
@@ -216,7 +217,7 @@ def _special(folder: Path, data: Mapping[str, Any], ids: Mapping[str, int]) -> F
     keys: Fields = {f"{_KEY}{_ROLES[role]}_token_id": token for role, token in found.items()}
     ends = read_json(folder / "generation_config.json").get("eos_token_id")
     others = [i for i in ends if i != found.get("eos")] if isinstance(ends, list) else []
-    if others and others[0] in ids.values():
+    if len(others) == 1 and others[0] in ids.values():  # of several llama.cpp knows the names
         keys[_KEY + "eot_token_id"] = others[0]
     for role, at in (("bos", 0), ("eos", -1)):
         flag = config.get(f"add_{role}_token")
