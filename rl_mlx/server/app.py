@@ -18,6 +18,7 @@ from rl_mlx.server.endpoint import Endpoint
 from rl_mlx.server.guard import Guard
 from rl_mlx.server.metrics import Metrics
 from rl_mlx.server.models import Load, Models
+from rl_mlx.server.openapi import document
 from rl_mlx.server.problems import Problem, dialect_of
 from rl_mlx.server.schemas import ollama as ollama_schemas
 from rl_mlx.server.schemas.anthropic import CountRequest, MessagesRequest
@@ -84,6 +85,7 @@ def routes() -> list[Route]:
         Route("/health", _health, methods=["GET"]),
         Route("/ready", _ready, methods=["GET"]),
         Route("/metrics", _metrics, methods=["GET"]),
+        Route("/openapi.json", _openapi, methods=["GET"]),
         _post("/v1/chat/completions", openai_chat.chat, ChatRequest),
         _post("/v1/responses", responses.create, ResponseRequest),
         _post("/v1/completions", openai.completions, CompletionRequest),
@@ -138,6 +140,10 @@ async def _metrics(request: Request) -> Response:
     state: State = request.app.state.server
     text = await state.in_thread(state.metrics.text)
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _openapi(request: Request) -> Response:  # noqa: ARG001 - Starlette's
+    return JSONResponse(document(routes()))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import httpx
@@ -126,6 +127,17 @@ def put(body: Any, at: tuple[Any, ...], value: Any) -> Any:
 
 def encode(value: Any) -> bytes:
     return json.dumps(value).encode("utf-8", "surrogatepass")
+
+
+def test_the_document_describes_every_route(shared_fake: Any) -> None:
+    found = httpx.get(shared_fake.url + "/openapi.json").json()
+    text = json.dumps(found)
+    for name in re.findall(r'"#/components/schemas/([^"]+)"', text):
+        assert name in found["components"]["schemas"]
+    for path in GOOD:
+        body = found["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        schema = found["components"]["schemas"][body["$ref"].rpartition("/")[2]]
+        assert set(GOOD[path]) <= set(schema["properties"]), path
 
 
 def test_every_route_is_fuzzed() -> None:
