@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rl_mlx.convert import export
 
-_FORMAT = b"1"  # counted up when what the export writes changes
+_FORMAT = b"2"  # counted up when what the export writes changes
 log = logging.getLogger(__name__)
 
 
