@@ -171,6 +171,8 @@ def _wait_for(port: int, ended: Callable[[], Any]) -> None:
 def _llama_server(model: str, port: int, threads: int, context: int, parallel: int) -> None:
     import xllamacpp
 
+    for stream in (1, 2):  # it writes a line a request
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     params = xllamacpp.CommonParams()
     params.model.path = model
     params.port = port

@@ -110,11 +110,11 @@ def routes() -> list[Route]:
 def _post(
     path: str, handler: Any, schema: Any, *, method: str = "POST", works: bool = True
 ) -> Route:
-    return Route(path, Endpoint(handler, schema, works=works), methods=[method])
+    return Route(path, Endpoint(path, handler, schema, works=works), methods=[method])
 
 
 def _get(path: str, handler: Any) -> Route:
-    return Route(path, Endpoint(handler), methods=["GET"])
+    return Route(path, Endpoint(path, handler), methods=["GET"])
 
 
 async def _hello(request: Request) -> Response:  # noqa: ARG001 - Starlette's

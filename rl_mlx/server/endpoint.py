@@ -79,16 +79,22 @@ class _Left(Exception):
 
 
 class Endpoint:
-    """The ASGI application of one route.
+    """The ASGI application of the route at ``path``.
 
     ``schema`` checks the body, None where there is none. ``works``: it makes a model work, so it is
     counted and has to end when the server does.
     """
 
     def __init__(
-        self, handler: Handler, schema: type[BaseModel] | None = None, *, works: bool = True
+        self,
+        path: str,
+        handler: Handler,
+        schema: type[BaseModel] | None = None,
+        *,
+        works: bool = True,
     ) -> None:
         self.schema = schema
+        self._path = path
         self.handler = handler
         self._works = works and schema is not None
 
@@ -108,7 +114,7 @@ class Endpoint:
         except Exception as error:  # noqa: BLE001 - the edge: a client always gets an answer
             await exchange.fail(error)
         finally:
-            exchange.finish()
+            exchange.finish(self._path)
 
     async def _run(self, call: Call[Any], exchange: Exchange, receive: Receive) -> None:
         """Handle it until it is done, the client has gone, or the server must end."""
@@ -229,11 +235,11 @@ class Exchange:
                 headers["connection"] = "close"
             await self.send_json(problem.status, self._body(problem), headers)
 
-    def finish(self) -> None:
+    def finish(self, route: str) -> None:
         """Note what became of it."""
         seconds = time.monotonic() - self._started
         method, path = self._scope["method"], self._scope["path"]
-        self.state.metrics.request(self._scope, self.status, seconds, self.record)
+        self.state.metrics.request(route, self.status, seconds, self.record)
         fields = {
             "request": self.request_id,
             "status": self.status,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import re
 import secrets
 from urllib.parse import urlsplit
@@ -11,11 +12,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rl_mlx.errors import RlMlxError
 from rl_mlx.server.keys import is_key
+from rl_mlx.server.logs import LOGGER
 from rl_mlx.server.problems import Forbidden, Unauthorized, dialect_of, encode, problem_of
 from rl_mlx.server.settings import ServerSettings
 
 OPEN = ("/health", "/ready")
 """Paths that need no key: what a supervisor asks."""
+_logger = logging.getLogger(LOGGER)
 _ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 
@@ -52,6 +55,8 @@ class Guard:
         try:
             self._check(scope, headers)
         except RlMlxError as error:
+            fields = {"request": request_id, "status": error.status, "error": str(error)}
+            _logger.warning("refused", extra={"fields": fields})
             await _refuse(scope, error, request_id, send_named)
         else:
             await self._app(scope, receive, send_named)

@@ -8,7 +8,6 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from starlette.types import Scope
 
 from rl_mlx.server.models import Loaded
 from rl_mlx.types import Timings
@@ -58,10 +57,8 @@ class Metrics:
         """Report also what is loaded and under way, as it is when somebody asks."""
         self.registry.register(_Now(loaded, active))
 
-    def request(self, scope: Scope, status: int, seconds: float, record: Mapping[str, Any]) -> None:
-        """Count a request that is over."""
-        route = scope.get("route")
-        path = getattr(route, "path", "unknown")
+    def request(self, path: str, status: int, seconds: float, record: Mapping[str, Any]) -> None:
+        """Count a request that is over; ``path`` is that of its route."""
         self._requests.labels(path, record.get("model", ""), str(status)).inc()
         self._seconds.labels(path).observe(seconds)
 

@@ -7,6 +7,7 @@ import base64
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
@@ -233,8 +234,12 @@ def _time(path: Any) -> int:
 
 
 async def models(call: Call[Any]) -> Json:
-    """``GET /v1/models``."""
-    return Json({"object": "list", "data": [_model(*entry) for entry in await names(call)]})
+    """``GET /v1/models``, as OpenAI has it and as Anthropic has it."""
+    found = [_model(*entry) for entry in await names(call)]
+    ends = {
+        f"{end}_id": found[at]["id"] if found else None for end, at in (("first", 0), ("last", -1))
+    }
+    return Json({"object": "list", "data": found, "has_more": False, **ends})
 
 
 async def model(call: Call[Any]) -> Json:
@@ -247,4 +252,9 @@ async def model(call: Call[Any]) -> Json:
 
 
 def _model(name: str, created: int) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": created, "owned_by": "rl-mlx"}
+    theirs = {
+        "type": "model",
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(created, timezone.utc).isoformat(),
+    }
+    return {"id": name, "object": "model", "created": created, "owned_by": "rl-mlx", **theirs}

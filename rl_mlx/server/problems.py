@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rl_mlx.errors import InvalidRequest, RlMlxError
+from rl_mlx.errors import ContextOverflow, InvalidRequest, RlMlxError
 
 RETRY_AFTER = {429: "1", 503: "5"}
 
@@ -60,6 +60,7 @@ class Problem:
     message: str
     param: str | None = None
     request_id: str = ""
+    code: str | None = None
 
 
 def problem_of(error: Exception, request_id: str = "") -> Problem:
@@ -69,7 +70,8 @@ def problem_of(error: Exception, request_id: str = "") -> Problem:
         return Problem(400, message, param, request_id)
     if isinstance(error, RlMlxError):
         text = " ".join(str(error).split()) or type(error).__name__
-        return Problem(error.status, text, getattr(error, "param", None), request_id)
+        code = "context_length_exceeded" if isinstance(error, ContextOverflow) else None
+        return Problem(error.status, text, getattr(error, "param", None), request_id, code)
     message = f"this should not have happened; the server's log has it under {request_id}"
     return Problem(500, message, None, request_id)
 
@@ -113,6 +115,7 @@ def openai_body(problem: Problem) -> dict[str, Any]:
     """As OpenAI has it."""
     kind = "server_error" if problem.status >= 500 else "invalid_request_error"
     kind, code = _OPENAI.get(problem.status, (kind, None))
+    code = problem.code or code
     return {
         "error": {"message": problem.message, "type": kind, "param": problem.param, "code": code}
     }

@@ -184,6 +184,12 @@ def test_count_tokens(fake: Any, sdk: Any) -> None:
     assert counted.input_tokens == answer.usage.input_tokens > 5
 
 
+def test_models(sdk: Any) -> None:
+    (found,) = [m for m in sdk.models.list() if m.id == "demo"]
+    assert found.display_name == "demo"
+    assert sdk.models.retrieve("demo").type == "model"
+
+
 def test_errors(fake: Any, sdk: Any, client: httpx.Client) -> None:
     with pytest.raises(anthropic.NotFoundError):
         sdk.messages.create(model="none", max_tokens=1, messages=HI)

@@ -329,13 +329,20 @@ def test_sigterm_finishes_what_runs(start_program: Any) -> None:
     assert secret not in "".join(program.lines)
 
 
+def test_a_prompt_over_the_context(program: Any) -> None:
+    long = body(messages=[{"role": "user", "content": "fox " * 40_000}])
+    reply = httpx.post(program.url + CHAT, json=long, timeout=30)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["code"] == "context_length_exceeded"
+
+
 def test_the_program_says_what_is_wrong(start_program: Any, program: Any) -> None:
     def run(*arguments: str) -> tuple[int, str]:
         done = subprocess.run(
             [sys.executable, "-m", "rl_mlx.cli.main", *arguments],
             capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
-        return done.returncode, done.stderr
+        return done.returncode, done.stdout + done.stderr
 
     port = program.url.rpartition(":")[2]
     code, words = run("serve", "--port", port)
@@ -348,6 +355,13 @@ def test_the_program_says_what_is_wrong(start_program: Any, program: Any) -> Non
     assert code == 1
     assert "no-such.gguf" in words
     assert len(words.strip().splitlines()) == 1
+    code, words = run("ps", "--url", program.url)
+    assert code == 0
+    assert words.startswith("demo")
+    assert "for ever" in words
+    code, words = run("ps", "--url", "http://127.0.0.1:1")
+    assert code == 1
+    assert "rl-mlx serve" in words
 
 
 def test_unix_socket(start_program: Any, tmp_path: Path) -> None:
