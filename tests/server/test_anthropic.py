@@ -21,6 +21,7 @@ TOOL: Any = {
     "cache_control": {"type": "ephemeral"},
 }
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+KEEP_ALL = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
 HI: Any = [{"role": "user", "content": "hi"}]
 
 
@@ -63,7 +64,7 @@ def test_messages(fake: Any, sdk: Any) -> None:
         max_tokens=100,
         system="Be kind.",
         messages=HI,
-        extra_body={"temperature": 0.5, "top_k": 5},
+        extra_body={"temperature": 0.5, "top_k": 5, "context_management": KEEP_ALL},
     )
     assert [b.text for b in answer.content] == ["Hello there!"]
     assert (answer.stop_reason, answer.stop_sequence) == ("end_turn", None)
@@ -222,6 +223,10 @@ def test_errors(fake: Any, sdk: Any, client: httpx.Client) -> None:
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tool_choice": {"type": "tool", "name": "x"}, "tools": [TOOL]}, "tool_choice.name"),
         ({"mcp_servers": []}, "mcp_servers"),
+        (
+            {"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}},
+            "context_management.edits[0].type",
+        ),
         ({"temperature": 2}, "temperature"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"thinking": {"type": "enabled"}}, "budget_tokens"),

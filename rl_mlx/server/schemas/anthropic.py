@@ -132,6 +132,19 @@ class CacheControl(Loose):
     type: Literal["ephemeral"]
 
 
+class KeepThinking(Body):
+    """All thoughts stay, as they do here."""
+
+    type: Literal["clear_thinking_20251015"]
+    keep: Literal["all"]
+
+
+class ContextManagement(Body):
+    """What is cut out of the conversation: nothing."""
+
+    edits: list[KeepThinking] = Field(default_factory=list)
+
+
 class Metadata(Body):
     """Who asks."""
 
@@ -149,6 +162,7 @@ class CountRequest(Body):
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     cache_control: CacheControl | None = None
+    context_management: ContextManagement | None = None
 
 
 class MessagesRequest(CountRequest):
