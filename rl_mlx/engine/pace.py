@@ -3,7 +3,7 @@
 A step that verifies ``k`` draft tokens takes ``cost(k)`` seconds and, with a chance ``a`` for each
 token to be accepted after the one before, gives ``1 + a + ... + a^k`` tokens. The ``k`` with the
 most tokens a second is chosen; where that is 0 drafting sleeps, and is tried again after twice as
-many tokens as the last time, or later: a try of which nothing was accepted is paid for first.
+many tokens as the last time, or later: what a try lost is paid for first.
 """
 
 from __future__ import annotations
@@ -37,10 +37,13 @@ class Costs:
         """Whether a plain step of this batch size was measured."""
         return (batch, 0) in self._seconds
 
-    def steps(self, batch: int, seconds: float) -> float:
-        """``seconds`` in plain steps of this batch size; 1 where none was measured."""
+    def steps(self, batch: int, length: int, seconds: float) -> float:
+        """``seconds`` of a step with a draft, in plain steps.
+
+        1 for the first of its kind, which is slow for reasons of its own (kernels are compiled).
+        """
         plain = self._seconds.get((batch, 0))
-        return seconds / plain if plain else 1.0
+        return seconds / plain if plain and (batch, length) in self._seconds else 1.0
 
     def ratio(self, batch: int, length: int) -> float:
         """The cost of a draft of ``length``, in plain steps; hopeful where nothing is known."""
@@ -71,7 +74,7 @@ class Pace:
     _sleep: int = 0
     _next_sleep: int = _FIRST_SLEEP
     _trying: bool = True
-    _lost: float = 0.0  # plain steps that the last draft cost and nothing came of
+    _lost: float = 0.0  # by the last draft, in plain steps
 
     @property
     def awake(self) -> bool:
@@ -108,7 +111,7 @@ class Pace:
         tried = min(accepted + 1, drafted)  # those after the first rejected say nothing
         if tried == 0:
             return
-        self._lost = 0.0 if accepted else max(0.0, steps - 1.0)
+        self._lost = max(0.0, steps - 1 - accepted)
         self.rate = (self.rate * self._trust + accepted) / (self._trust + tried)
         self._trust = min(self._trust + tried, 32.0)
         if accepted == drafted:

@@ -298,10 +298,12 @@ class Speculator:
         self, batch: Seq[Sequence], draft: Draft, accepted: Seq[int], seconds: float
     ) -> None:
         """A step with a draft took so long, drafting included."""
-        self._costs.observe(len(batch), draft.tokens.shape[1], seconds)
+        length = draft.tokens.shape[1]
+        steps = self._costs.steps(len(batch), length, seconds)
+        self._costs.observe(len(batch), length, seconds)
         for s, count, right in zip(batch, draft.counts, accepted):
             pace = self._pace(s)
-            pace.observe(count, right, self._costs.steps(len(batch), seconds))
+            pace.observe(count, right, steps)
             s.drafted += count
             s.accepted += right
             s.gain = pace.gain

@@ -236,6 +236,22 @@ def test_a_useless_draft_sleeps_longer_and_longer():
     assert tries < 0.02 * plain
 
 
+def test_what_a_try_lost_is_paid_for_before_the_next():
+    costs = Costs()
+    costs.observe(1, 0, 1.0)
+    assert costs.steps(1, 2, 9.0) == 1  # the first of its kind says nothing
+    costs.observe(1, 2, 9.0)
+    pace, sleeps = Pace(costs), []
+    for _ in range(3):
+        pace.observe(pace.length(1), 1, costs.steps(1, 2, 5.0))  # lost: 5 - 1 - 1
+        assert pace.length(1) == 0
+        sleeps.append(0)
+        while not pace.awake:
+            pace.rest()
+            sleeps[-1] += 1
+    assert sleeps == [300, 300, 300]
+
+
 def test_a_fixed_length_is_kept():
     pace = Pace(Costs(), fixed=5)
     for _ in range(50):
