@@ -15,6 +15,9 @@ from rl_mlx.demo.tasks import Exercises, Turn
 # Turns in a hundred from each file of topics, and from the exercises.
 _SHARES = {"about": 36, "smalltalk": 11, "facts": 16, "unknown": 8, "stories": 2, "tasks": 27}
 
+# The same for single questions, when what is left to learn is which answer belongs to which.
+_FOCUS = {"about": 46, "smalltalk": 15, "facts": 20, "unknown": 7, "tasks": 12}
+
 # Conversations in a hundred with so many turns.
 _LENGTHS = {1: 72, 2: 12, 3: 8, 5: 5, 8: 2, 14: 1}
 
@@ -54,6 +57,17 @@ class Corpus:
         while True:
             yield self._conversation(rng)
 
+    def questions_alone(self, seed: int) -> Iterator[Conversation]:
+        """Random single questions and their answers, for ever."""
+        rng = Random(seed)
+        while True:
+            kind = rng.choices(list(_FOCUS), list(_FOCUS.values()))[0]
+            if kind == "tasks":
+                turn = self._typed(self._exercises.sum(rng), rng)
+            else:
+                turn = self._typed(self._topic(kind, rng)[1], rng)
+            yield Conversation((turn,))
+
     def _conversation(self, rng: Random) -> Conversation:
         dice = rng.random()
         if dice < 0.03:
@@ -76,12 +90,17 @@ class Corpus:
         kind = rng.choices(list(_SHARES), list(_SHARES.values()))[0]
         if kind == "tasks":
             return [self._typed(self._exercises.exercise(rng), rng)]
-        topic = rng.choices(self._topics[kind], cum_weights=self._weights[kind])[0]
-        question, answer, row = topic.ask(rng)
-        turns = [self._filled(question, answer, row, rng)]
+        topic, turn, question = self._topic(kind, rng)
+        turns = [turn]
         if follow and len(topic.rows) > 3 and rng.random() < 0.3:
             turns.append(_follow_up(topic, question, rng))
         return [self._typed(turn, rng) for turn in turns]
+
+    def _topic(self, kind: str, rng: Random) -> tuple[Topic, Turn, str]:
+        """A topic of a file, a turn about it, and the question's pattern."""
+        topic = rng.choices(self._topics[kind], cum_weights=self._weights[kind])[0]
+        question, answer, row = topic.ask(rng)
+        return topic, self._filled(question, answer, row, rng), question
 
     def _typed(self, turn: Turn, rng: Random) -> Turn:
         return self._style.typed(turn[0], rng), turn[1]

@@ -21,22 +21,32 @@ QUESTION_WEIGHT = 0.1
 # The first tokens of an answer decide which answer it is; the rest follows almost by itself.
 FIRST_TOKENS, FIRST_WEIGHT = 4, 4.0
 
+# Of a single question mostly the beginning of the answer is learned: that is what tells them apart,
+# and it costs a third of the whole.
+SHORT_ANSWER, SHORT_SHARE = 8, 0.7
+
 Batch = tuple[mx.array, mx.array]
 Row = tuple[list[int], list[float]]
 
 
-def batches(tokenizer: Tokenizer, seed: int, tokens: int) -> Iterator[Batch]:
+def batches(
+    tokenizer: Tokenizer, seed: int, tokens: int, *, single: bool = False
+) -> Iterator[Batch]:
     """Endless batches of at least ``tokens`` tokens, in the same order for the same seed.
+
+    With ``single`` of single questions, most of their answers cut short.
 
     Each is the ids ``[B, L]`` and the loss weights of the next ids ``[B, L - 1]``. Conversations
     of like length go together; those longer than the longest batch are left out.
     """
-    stream = Corpus().conversations(seed)
+    corpus = Corpus()
+    stream = corpus.questions_alone(seed) if single else corpus.conversations(seed)
+    dice = Random(f"{seed}/short")
     for pool in itertools.count():
         groups: dict[int, list[Row]] = {}
         made: list[Batch] = []
         for conversation in itertools.islice(stream, POOL):
-            row = _row(tokenizer, conversation)
+            row = _row(tokenizer, conversation, cut=single and dice.random() < SHORT_SHARE)
             length = next((n for n in LENGTHS if n >= len(row[0])), None)
             if length is None:
                 continue
@@ -48,11 +58,13 @@ def batches(tokenizer: Tokenizer, seed: int, tokens: int) -> Iterator[Batch]:
         yield from made
 
 
-def _row(tokenizer: Tokenizer, conversation: Conversation) -> Row:
+def _row(tokenizer: Tokenizer, conversation: Conversation, *, cut: bool = False) -> Row:
     ids: list[int] = []
     weights: list[float] = []
     for text, learned in segments(conversation):
         piece = tokenizer.encode(text).ids
+        if cut and ids:
+            piece = piece[:SHORT_ANSWER] if learned else []
         first = min(FIRST_TOKENS, len(piece)) if learned else 0
         rest = 1.0 if learned else QUESTION_WEIGHT
         ids += piece

@@ -38,7 +38,7 @@ class Exercises:
         """A question and its answer."""
         kind = rng.choices(list(_SHARES), list(_SHARES.values()))[0]
         make = {
-            "sum": self._sum,
+            "sum": self.sum,
             "repeat": self._repeat,
             "say": self._say,
             "edit": self._edit,
@@ -64,7 +64,8 @@ class Exercises:
         welcome = f"Nice to meet you, {name}! How can I help you?"
         return (told, welcome), (asked, f"Your name is {name}.")
 
-    def _sum(self, rng: Random) -> Turn:
+    def sum(self, rng: Random) -> Turn:
+        """A sum, difference, product or quotient of small numbers."""
         kind = rng.choice("++++---***/")
         if kind == "+":
             most = rng.choice((10, 10, 10, 10, 10, 20))

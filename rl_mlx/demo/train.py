@@ -63,16 +63,22 @@ class Training:
     def __init__(
         self, name: str, shape: Shape, loss: Loss, tokenizer: Tokenizer, args: argparse.Namespace
     ) -> None:
-        self._name, self._steps = name, args.steps
+        self._name, self._steps = name, args.steps + args.single_steps
         self.weights = initial(shape, args.seed)
-        warmup = max(1, self._steps // 50)
+        warmup = max(1, args.steps // 20)
         rise = optim.linear_schedule(0.0, args.rate, warmup)
-        fall = optim.cosine_decay(args.rate, self._steps - warmup, args.rate * 0.02)
-        rate = optim.join_schedules([rise, fall], [warmup])
+        # Conversations are left while the rate is still high; it falls to the end over questions.
+        slowly = 2 * args.steps if args.single_steps else args.steps - warmup
+        fall = optim.cosine_decay(args.rate, slowly, args.rate * 0.02)
+        end = optim.cosine_decay(args.rate * 0.7, max(1, args.single_steps), args.rate * 0.02)
+        rate = optim.join_schedules([rise, fall, end], [warmup, args.steps])
         self.optimizer = optim.AdamW(rate, betas=[0.9, 0.98], weight_decay=0.05)
         self.optimizer.init(self.weights)
         self._checkpoint = args.out / f"{name}.safetensors"
-        self._batches = batches(tokenizer, args.seed, args.tokens)
+        self._batches = itertools.chain(
+            itertools.islice(batches(tokenizer, args.seed, args.tokens), args.steps),
+            batches(tokenizer, args.seed, 2 * args.tokens, single=True),
+        )
         self._loss = loss
         self._done = 0
         self._restore()
@@ -149,8 +155,9 @@ def main() -> None:
     """Train both networks and write ``demo.gguf`` and ``draft.gguf``."""
     parser = argparse.ArgumentParser(prog="python -m rl_mlx.demo.train", description=main.__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo-run"), help="folder of the run")
-    parser.add_argument("--steps", type=int, default=7000, help="steps of the target")
-    parser.add_argument("--draft-steps", type=int, default=1600, help="steps of the draft")
+    parser.add_argument("--steps", type=int, default=2800, help="the target's over conversations")
+    parser.add_argument("--single-steps", type=int, default=1500, help="and over single questions")
+    parser.add_argument("--draft-steps", type=int, default=600, help="steps of the draft")
     parser.add_argument("--tokens", type=int, default=512, help="tokens in a batch")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=1)
@@ -162,7 +169,7 @@ def main() -> None:
         args.out / "demo.gguf", target, TARGET, tokenizer, "rl-mlx demo",
         "A small chat model that shows rl-mlx at work. For a real model, run rl-mlx pull.",
     )  # fmt: skip
-    args.steps, args.seed = args.draft_steps, args.seed + 1
+    args.steps, args.single_steps, args.seed = args.draft_steps, 0, args.seed + 1
     draft = Training("draft", DRAFT, draft_loss(DRAFT, target, TARGET), tokenizer, args).run()
     export(
         args.out / "draft.gguf", draft, DRAFT, tokenizer, "rl-mlx demo draft",

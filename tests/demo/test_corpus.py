@@ -31,8 +31,9 @@ def corpus() -> Corpus:
 def asked(corpus: Corpus) -> set[str]:
     """Every question of the topic files, and every one that the target was trained on."""
     found = {plain(question) for question in corpus.questions()}
-    for conversation in itertools.islice(corpus.conversations(SEED), CONVERSATIONS):
-        found.update(plain(question) for question, _ in conversation.turns)
+    for stream in (corpus.conversations(SEED), corpus.questions_alone(SEED)):
+        for conversation in itertools.islice(stream, CONVERSATIONS):
+            found.update(plain(question) for question, _ in conversation.turns)
     return found
 
 
