@@ -15,9 +15,10 @@ LONGEST = 16
 MOST = 8
 """The longest one that is chosen by measurement."""
 _WEIGHT = 0.25  # of a new measurement of a cost
+_OUTLIER = 4  # times what is known
 _FIRST_SLEEP, _LONGEST_SLEEP = 32, 1024
 _TRY = 2  # tokens drafted when waking up
-_PRICE = 0.01  # of all steps, the most that tries of no use may take
+_PRICE = 0.005  # of all steps, the most that tries of no use may take
 
 
 class Costs:
@@ -30,7 +31,7 @@ class Costs:
         """A step took so long; single outliers hardly count."""
         old = self._seconds.get((batch, length))
         if old is not None:
-            seconds = old + _WEIGHT * (min(seconds, 4 * old) - old)
+            seconds = old + _WEIGHT * (min(seconds, _OUTLIER * old) - old)
         self._seconds[batch, length] = seconds
 
     def knows_plain(self, batch: int) -> bool:
@@ -42,8 +43,8 @@ class Costs:
 
         1 for the first of its kind, which is slow for reasons of its own (kernels are compiled).
         """
-        plain = self._seconds.get((batch, 0))
-        return seconds / plain if plain and (batch, length) in self._seconds else 1.0
+        plain, known = self._seconds.get((batch, 0)), self._seconds.get((batch, length))
+        return min(seconds, _OUTLIER * known) / plain if plain and known else 1.0
 
     def ratio(self, batch: int, length: int) -> float:
         """The cost of a draft of ``length``, in plain steps; hopeful where nothing is known."""
@@ -96,8 +97,7 @@ class Pace:
         best = max(range(MOST + 1), key=lambda k: self.speed(k, batch))
         self.gain = self.speed(best, batch)
         if best == 0:
-            paid = min(self._lost / _PRICE, _LONGEST_SLEEP)
-            self._sleep = max(self._next_sleep, round(paid))
+            self._sleep = max(self._next_sleep, round(self._lost / _PRICE))
             self._next_sleep = min(2 * self._next_sleep, _LONGEST_SLEEP)
         return best
 

@@ -249,7 +249,7 @@ def test_what_a_try_lost_is_paid_for_before_the_next():
         while not pace.awake:
             pace.rest()
             sleeps[-1] += 1
-    assert sleeps == [300, 300, 300]
+    assert sleeps == [600, 600, 600]
 
 
 def test_a_fixed_length_is_kept():
