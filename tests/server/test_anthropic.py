@@ -136,7 +136,7 @@ def test_streaming(fake: Any, sdk: Any) -> None:
 
 def test_the_events_come_in_the_documented_order(client: httpx.Client, fake: Any) -> None:
     fake.text = "<think>\nHm.\n</think>\n\nI will look.\n" + CALL + CALL
-    body = {"model": "demo", "max_tokens": 99, "messages": HI, "tools": [TOOL], "stream": True}
+    body = {"model": "demo", "max_tokens": 400, "messages": HI, "tools": [TOOL], "stream": True}
     events = events_of(client.post("/v1/messages", json=body).text)
     block = "content_block_stop"
     use = f"start:tool_use input_json_delta {block}"
