@@ -8,7 +8,6 @@ dropped.
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from rl_mlx.engine.mailbox import Mailbox
 from rl_mlx.engine.pace import LONGEST
 from rl_mlx.engine.runner import Runner
 from rl_mlx.engine.scheduler import Decode, Prefill, Scheduler
@@ -48,12 +48,10 @@ class Engine:
 
     def __init__(self, start: Callable[[], Parts]) -> None:
         """Waits until ``start`` has returned on the engine's thread; raises its exception."""
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._mailbox = Mailbox()
         self._sequences: dict[str, Sequence] = {}
         self._pending: _Step | None = None
         self._read_at = 0.0
-        self._closed = False
-        self._lock = threading.Lock()
         ready: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._main, args=(start, ready), name="rl-mlx-engine", daemon=True
@@ -65,25 +63,16 @@ class Engine:
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence; raises ``EngineError`` after ``close``."""
-        self._post(lambda: self._add(sequence))
+        self._mailbox.post(lambda: self._add(sequence))
 
     def cancel(self, request_id: str) -> None:
         """End a request; unknown ids are ignored."""
-        if not self._closed:
-            self._post(lambda: self._cancel(request_id))
+        if not self._mailbox.closed:
+            self._mailbox.post(lambda: self._cancel(request_id))
 
     def call(self, function: Callable[[Runner], T]) -> T:
         """``function(runner)`` on the engine's thread, between steps."""
-        answer: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                answer.set_result(function(self._runner))
-            except BaseException as error:  # noqa: BLE001  (the caller's thread raises it)
-                answer.set_exception(error)
-
-        self._post(run)
-        return answer.result()
+        return self._mailbox.call(lambda: function(self._runner))
 
     def counts(self) -> tuple[int, int, int]:
         """Running, waiting, and bytes of the arena; a snapshot that may be a step old."""
@@ -93,18 +82,9 @@ class Engine:
 
     def close(self) -> None:
         """Cancel everything and join the thread. Safe to call twice."""
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._inbox.put(None)
+        self._mailbox.close()
         if threading.current_thread() is not self._thread:
             self._thread.join()
-
-    def _post(self, message: Callable[[], None]) -> None:
-        with self._lock:
-            if self._closed:
-                raise EngineError("the model is closed")
-            self._inbox.put(message)
 
     # On the engine's thread.
 
@@ -112,11 +92,11 @@ class Engine:
         try:
             self._runner, self._scheduler, self._speculator = start()
         except BaseException as error:  # noqa: BLE001  (the constructor's thread raises it)
-            self._closed = True
+            self._mailbox.close()
             ready.set_exception(error)
             return
         ready.set_result(None)
-        while self._listen():
+        while self._mailbox.listen(self._is_idle):
             try:
                 self._step()
             except Exception as error:  # noqa: BLE001  (the loop outlives whatever a step does)
@@ -126,17 +106,8 @@ class Engine:
         self._runner.reset()
         del self._runner
 
-    def _listen(self) -> bool:
-        """Take messages, waiting for one if there is nothing to do. False when told to close."""
-        while True:
-            try:
-                idle = self._scheduler.idle and self._pending is None
-                message = self._inbox.get(block=idle)
-            except queue.Empty:
-                return True
-            if message is None:
-                return False
-            message()
+    def _is_idle(self) -> bool:
+        return self._scheduler.idle and self._pending is None
 
     def _add(self, sequence: Sequence) -> None:
         self._sequences[sequence.request.id] = sequence

@@ -8,17 +8,16 @@ their cells are needed.
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
 from rl_mlx.backends.llamacpp.draft import Drafter
 from rl_mlx.backends.llamacpp.model import CacheFull, Context
 from rl_mlx.backends.llamacpp.slots import Place, Slot, Slots, occupy
+from rl_mlx.engine.mailbox import Mailbox
 from rl_mlx.engine.sequence import Sequence
 from rl_mlx.errors import EngineError, OutOfMemory, QueueFull, RlMlxError
 from rl_mlx.sample.host import choose
@@ -60,9 +59,7 @@ class Engine:
         self._release = release
         self._waiting: list[Sequence] = []
         self._crowded = False  # cells ran out: nobody enters before somebody leaves
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._closed = False
-        self._lock = threading.Lock()
+        self._mailbox = Mailbox()
         self._thread = threading.Thread(target=self._main, name="llama.cpp", daemon=True)
         self._thread.start()
 
@@ -72,25 +69,16 @@ class Engine:
         """Queue a request. Raises ``QueueFull``, or ``EngineError`` after ``close``."""
         if len(self._waiting) >= QUEUE_LIMIT:
             raise QueueFull(f"{QUEUE_LIMIT} requests are waiting already; try again later")
-        self._post(lambda: self._add(run))
+        self._mailbox.post(lambda: self._add(run))
 
     def cancel(self, request_id: str) -> None:
         """End a request; unknown ids are ignored."""
-        if not self._closed:
-            self._post(lambda: self._cancel(request_id))
+        if not self._mailbox.closed:
+            self._mailbox.post(lambda: self._cancel(request_id))
 
     def call(self, function: Callable[[], T]) -> T:
         """``function()`` on the engine's thread, between steps."""
-        answer: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                answer.set_result(function())
-            except BaseException as error:  # noqa: BLE001  (the caller's thread raises it)
-                answer.set_exception(error)
-
-        self._post(run)
-        return answer.result()
+        return self._mailbox.call(function)
 
     def counts(self) -> tuple[int, int, int]:
         """Running, waiting, and tokens in the cache; a snapshot that may be a step old."""
@@ -98,23 +86,14 @@ class Engine:
 
     def close(self) -> None:
         """Cancel everything, join the thread and free the model. Safe to call twice."""
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._inbox.put(None)
+        self._mailbox.close()
         if threading.current_thread() is not self._thread:
             self._thread.join()
-
-    def _post(self, message: Callable[[], None]) -> None:
-        with self._lock:
-            if self._closed:
-                raise EngineError("the model is closed")
-            self._inbox.put(message)
 
     # On the engine's thread.
 
     def _main(self) -> None:
-        while self._listen():
+        while self._mailbox.listen(self._is_idle):
             self._admit()
             try:
                 self._step()
@@ -129,16 +108,8 @@ class Engine:
             run.finish("cancelled")
         self._release()
 
-    def _listen(self) -> bool:
-        """Take messages, waiting for one if there is nothing to do. False when told to close."""
-        while True:
-            idle = not self._waiting and not self._slots.running
-            if not idle and self._inbox.empty():
-                return True
-            message = self._inbox.get()
-            if message is None:
-                return False
-            message()
+    def _is_idle(self) -> bool:
+        return not self._waiting and not self._slots.running
 
     def _add(self, run: Sequence) -> None:
         if run.limit == 0:
