@@ -13,13 +13,13 @@ import numpy.typing as npt
 from rl_mlx.convert.gguf.blocks import block
 from rl_mlx.convert.gguf.writer import TensorSpec
 from rl_mlx.convert.pieces import Source
-from rl_mlx.convert.report import TensorReport
+from rl_mlx.convert.report import TensorReport, Totals
 
 _HEADS = ("tensor", "from", "to", "bits", "now", "rms error", "max error")
 
 
 @dataclass(frozen=True)
-class ExportReport:
+class ExportReport(Totals):
     """A whole export. Tensors have GGUF's names, their errors are as a ``TensorReport``'s.
 
     ``file_bytes`` is the size of the file, ``seconds`` wall time.
@@ -42,31 +42,6 @@ class ExportReport:
     def is_exact(self) -> bool:
         """Whether no weight that was measured has changed."""
         return all(t.max_error == 0 for t in self.tensors)
-
-    @property
-    def weights(self) -> int:
-        """Parameters."""
-        return sum(t.weights for t in self.tensors)
-
-    @property
-    def source_bytes(self) -> int:
-        """Of all tensors before."""
-        return sum(t.source_bytes for t in self.tensors)
-
-    @property
-    def bytes(self) -> int:
-        """Of all tensors now."""
-        return sum(t.bytes for t in self.tensors)
-
-    @property
-    def bits_before(self) -> float:
-        """Bits a weight in the source."""
-        return 8 * self.source_bytes / max(self.weights, 1)
-
-    @property
-    def bits_after(self) -> float:
-        """Bits a weight now."""
-        return 8 * self.bytes / max(self.weights, 1)
 
     def as_dict(self) -> dict[str, Any]:
         """All of it in JSON's types."""

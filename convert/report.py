@@ -47,25 +47,10 @@ class TensorReport:
         return 8 * self.bytes / max(self.weights, 1)
 
 
-@dataclass(frozen=True)
-class Report:
-    """A whole conversion. ``rms``, ``max_error`` and ``noise_ratio`` are as a tensor's, over all.
+class Totals:
+    """Sums over the tensors of a report."""
 
-    ``noise_ratio`` counts the tensors that have noise of their own. ``seconds`` is wall time.
-    """
-
-    source: str
-    destination: str
-    sha256: str
-    fidelity: str
-    scales: str
-    quant: str | None
     tensors: tuple[TensorReport, ...]
-    rms: float
-    max_error: float
-    noise_ratio: float | None
-    seconds: float
-    notes: tuple[str, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -91,6 +76,27 @@ class Report:
     def bits_after(self) -> float:
         """Bits a weight now."""
         return 8 * self.bytes / max(self.weights, 1)
+
+
+@dataclass(frozen=True)
+class Report(Totals):
+    """A whole conversion. ``rms``, ``max_error`` and ``noise_ratio`` are as a tensor's, over all.
+
+    ``noise_ratio`` counts the tensors that have noise of their own. ``seconds`` is wall time.
+    """
+
+    source: str
+    destination: str
+    sha256: str
+    fidelity: str
+    scales: str
+    quant: str | None
+    tensors: tuple[TensorReport, ...]
+    rms: float
+    max_error: float
+    noise_ratio: float | None
+    seconds: float
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """All of it in JSON's types."""

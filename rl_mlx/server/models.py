@@ -61,9 +61,7 @@ class Loaded:
     @cached_property
     def shown(self) -> frozenset[int]:
         """Control tokens that the router must see."""
-        tokenizer = self.llm.tokenizer
-        ids = {tokenizer.token_id(mark) for mark in self.format.markers}
-        return frozenset(i for i in ids if i is not None) & tokenizer.special_ids
+        return self.llm.tokenizer.markers_of(self.format)
 
     @property
     def footprint(self) -> int:

@@ -149,7 +149,11 @@ class Tokenizer:
     @cached_property
     def markers(self) -> frozenset[int]:
         """Control tokens that are such marks, which a ``Router`` must see."""
-        ids = {self.token_id(mark) for mark in self.format.markers}
+        return self.markers_of(self.format)
+
+    def markers_of(self, form: Format) -> frozenset[int]:
+        """Control tokens that are marks of ``form``."""
+        ids = {self.token_id(mark) for mark in form.markers}
         return frozenset(i for i in ids if i is not None) & self.special_ids
 
     def make_template(self, sources: str | Mapping[str, str]) -> ChatTemplate:
