@@ -8,10 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from rl_mlx.convert.weights import Dense, FloatType, Tensor, Weights
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# No test measures time, and machines that run tests are often busy.
+settings.register_profile("rl-mlx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("rl-mlx")
 
 
 @pytest.fixture(scope="session")
