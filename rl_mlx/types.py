@@ -6,6 +6,7 @@ answers with ``Event``s, the last of which (``Finished`` or ``Failed``) is the o
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -147,9 +148,11 @@ class SamplingParams:
         known = {f.name for f in fields(cls)}
         for name in options:
             if name not in known:
-                raise InvalidRequest(
-                    f"unknown sampling option {name!r}; known are {', '.join(sorted(known))}"
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                hint = (
+                    f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
                 )
+                raise InvalidRequest(f"unknown sampling option {name!r}; {hint}")
         return replace(params, **options) if params is not None else cls(**options)
 
 

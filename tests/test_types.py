@@ -30,7 +30,8 @@ from rl_mlx.types import SamplingParams, Timings
         ({"stop": [3]}, "stop must be non-empty strings"),
         ({"logit_bias": {1: math.inf}}, "logit_bias"),
         ({"logit_bias": {-1: 1.0}}, "logit_bias token"),
-        ({"temprature": 1}, "unknown sampling option 'temprature'"),
+        ({"temp": 1}, "unknown sampling option 'temp'; did you mean temperature?"),
+        ({"zzz": 1}, "unknown sampling option 'zzz'; known are dry_allowed_length, "),
     ],
 )
 def test_a_bad_value_is_one_clear_line(options, message):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from rl_mlx.cli.conversation import Conversation
 from rl_mlx.cli.generate import speed
-from rl_mlx.cli.terminal import complain, note
+from rl_mlx.cli.terminal import complain, note, say
 from rl_mlx.cli.view import Reply, View, show
 from rl_mlx.errors import ContextOverflow, InvalidRequest, RlMlxError
 from rl_mlx.text.router import Router
@@ -171,7 +171,7 @@ class Session:
     def _help(self, _: str) -> None:
         for name, command in self.commands.items():
             print(f"{f'{name} {command.takes}':<23} {command.help}")
-        print('Alt-Enter, a backslash at the end of a line, or """ around the text: more lines')
+        say('Alt-Enter, a backslash at the end of a line, or """ around the text: more lines')
         print("Ctrl-C stops an answer, Ctrl-D leaves")
 
     def _system(self, text: str) -> None:
@@ -216,8 +216,8 @@ class Session:
         if self._last is None or self._last.timings is None or self._last.usage is None:
             print("no answer yet")
             return
-        print(speed(self._last.timings))
-        print(f"context: {self._last.usage.total_tokens} of {self._llm.info.context} tokens")
+        say(speed(self._last.timings))
+        say(f"context: {self._last.usage.total_tokens} of {self._llm.info.context} tokens")
 
     def _exit(self, _: str) -> None:
         self._left = True

@@ -20,15 +20,27 @@ if TYPE_CHECKING:
 def complain(message: str) -> None:
     """One error line on stderr, red where that is a terminal that wants colours."""
     red, end = ("\033[31m", "\033[0m") if _colours(sys.stderr) else ("", "")
-    print(f"{red}error:{end} {message}", file=sys.stderr)
+    label, rest = "error:", _wrapped(f"error: {message}", sys.stderr).removeprefix("error:")
+    print(f"{red}{label}{end}{rest}", file=sys.stderr)
 
 
 def note(message: str) -> None:
     """A line on stderr about what is going on."""
     dim, end = ("\033[2m", "\033[0m") if _colours(sys.stderr) else ("", "")
-    if is_terminal(sys.stderr):
-        message = textwrap.fill(message, shutil.get_terminal_size().columns)
-    print(f"{dim}{message}{end}", file=sys.stderr, flush=True)
+    print(f"{dim}{_wrapped(message, sys.stderr)}{end}", file=sys.stderr, flush=True)
+
+
+def say(message: str) -> None:
+    """A line on stdout, for people."""
+    print(_wrapped(message, sys.stdout))
+
+
+def _wrapped(message: str, stream: Any) -> str:
+    """In a terminal, lines that end between words; elsewhere a line stays one."""
+    if not is_terminal(stream):
+        return message
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(message, width, break_long_words=False, break_on_hyphens=False)
 
 
 def _colours(stream: Any) -> bool:

@@ -52,6 +52,7 @@ class Terminal:
         self._fd, inner = pty.openpty()
         fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))
         environment = {**os.environ, "TERM": "xterm", "NO_COLOR": "1", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        del environment["COLUMNS"]  # the terminal itself says how wide it is
         self.process = subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(PROGRAM), str(model)],
             stdin=inner, stdout=inner, stderr=inner, env=environment, cwd=home,
@@ -98,6 +99,10 @@ def test_a_session(terminal: Terminal, home: Path) -> None:
     terminal.until("on and on")
     terminal.type("\x03")  # Ctrl-C: the answer ends, the program does not
     terminal.until("(stopped)")
+    terminal.type("/params temp 3\r")
+    error = terminal.until("temperature?").partition("error:")[2]
+    assert max(map(len, ("error:" + error).splitlines())) <= 50  # wrapped between words
+    assert "did you\r\nmean " in error
     terminal.type("/save talk.json\r")
     terminal.until("saved to talk.json")
     terminal.until(">")
