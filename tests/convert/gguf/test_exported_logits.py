@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -29,8 +30,12 @@ def of_parity(shared: Path, name: str, folder: Path) -> list[int]:
     return np.load(shared / "parity" / f"{name}.npz")["ids"].ravel()[:24].tolist()
 
 
-# llama.cpp's table of GELU has float16 entries, and its gpt-oss rounds activations to float16.
-TOLERANCES = {"gemma2": 5e-3, "gemma3_text": 6e-3, "gpt_oss": 5e-2}
+def rounded_range(folder: Path) -> None:
+    """Round YaRN's range to whole pairs, as llama.cpp does whatever the config says."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    for rope in (config["rope_parameters"], config["rope_scaling"]):
+        rope["truncate"] = True
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
 
 
 @pytest.mark.shared
@@ -41,10 +46,14 @@ TOLERANCES = {"gemma2": 5e-3, "gemma3_text": 6e-3, "gpt_oss": 5e-2}
 )  # fmt: skip
 def test_floats_give_our_logits(name: str, shared: Path, tmp_path: Path) -> None:
     ids = of_parity(shared, name, tmp_path / "mlx")
+    if name == "gpt_oss":
+        rounded_range(tmp_path / "mlx")
     export(tmp_path / "mlx", tmp_path / "out.gguf", quant="F32")
     ours = logits(tmp_path / "mlx", "mlx", ids)
     theirs = logits(tmp_path / "out.gguf", "llama.cpp", ids)
-    np.testing.assert_allclose(theirs, ours, rtol=0, atol=TOLERANCES.get(name, 2e-3))
+    # Gemma's are the largest errors: llama.cpp looks GELU up in a table of float16.
+    assert np.linalg.norm(theirs - ours) < 2e-3 * np.linalg.norm(ours)
+    assert (theirs.argmax(-1) == ours.argmax(-1)).all()
 
 
 @pytest.fixture(scope="module")
