@@ -29,6 +29,8 @@ CODE = Grammar("regex", r"[0-9]{3}-[a-z]{4}")
 def llm(request):
     backend, _, draft = request.param.partition(" with a ")
     options = {"draft": "auto", "draft_tokens": 3} if draft else {}
+    if backend == "llama.cpp":
+        options["backend_options"] = {"threads": 1}
     with LLM("demo", backend=backend, **options) as opened:
         yield opened
 
