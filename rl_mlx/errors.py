@@ -8,6 +8,7 @@ RlMlxError
 ├── UnsupportedModel      501  well-formed, but of an architecture or tensor type nobody here runs
 ├── DestinationExists     409  a file or folder is in the way (a FileExistsError)
 ├── BackendUnavailable    503  a backend is not installed or cannot work on this machine
+├── MissingPackage        501  an optional Python package is not installed (an ImportError)
 ├── OutOfMemory           507  the memory budget (or the disk) would be passed (a MemoryError)
 ├── QueueFull             429  too many requests are waiting already
 └── EngineError           500  generation failed; the message says where
@@ -62,6 +63,12 @@ class BackendUnavailable(RlMlxError):
     """The backend cannot be used here; the message names the command that installs it."""
 
     status = 503
+
+
+class MissingPackage(RlMlxError, ImportError):
+    """An optional package is wanted; the message names the command that installs it."""
+
+    status = 501
 
 
 class OutOfMemory(RlMlxError, MemoryError):

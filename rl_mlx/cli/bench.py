@@ -14,7 +14,7 @@ from rl_mlx.cli.terminal import print_json, size
 from rl_mlx.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from rl_mlx.bench import Speed
+    from rl_mlx.lab.bench import Speed
     from rl_mlx.types import ModelInfo
 
 NAME = "bench"
@@ -43,7 +43,7 @@ def command(
     json: Json = False,
 ) -> None:
     """Measure how fast prompts are read and answers are written, as a Markdown table."""
-    from rl_mlx.bench import cases, measure
+    from rl_mlx.lab.bench import cases, measure
 
     wanted = cases(
         _numbers("--prompt", prompt, 0),

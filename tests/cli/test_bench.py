@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rl_mlx.bench import Case, Speed, cases, measure
 from rl_mlx.cli.main import main
 from rl_mlx.errors import InvalidRequest
+from rl_mlx.lab.bench import Case, Speed, cases, measure
 from rl_mlx.types import Timings
 
 Capture = pytest.CaptureFixture[str]

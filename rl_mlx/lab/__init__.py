@@ -1,0 +1,26 @@
+"""The quant lab: measure what a quantization costs, see it, and choose.
+
+For people in Jupyter, and behind ``rl-mlx eval`` and ``rl-mlx bench``. The optional packages
+(pandas, matplotlib, pyarrow) come with ``pip install 'rl-mlx[lab]'`` and are imported where they
+are used.
+"""
+
+from __future__ import annotations
+
+from rl_mlx.lab.divergence import Divergence, divergence
+from rl_mlx.lab.measurement import Measurement
+from rl_mlx.lab.perplexity import Perplexity, perplexity
+from rl_mlx.lab.reference import Reference
+from rl_mlx.lab.text import Text, demo_text, read_text
+
+__all__ = [
+    "Divergence",
+    "Measurement",
+    "Perplexity",
+    "Reference",
+    "Text",
+    "demo_text",
+    "divergence",
+    "perplexity",
+    "read_text",
+]
