@@ -25,6 +25,7 @@ from rl_mlx.cli import (
     chat,
     convert,
     doctor,
+    eval,
     export,
     generate,
     listing,
@@ -91,6 +92,7 @@ def root(
 
 for _module in (chat, generate, serve, ps, show, listing, pull, rm, convert, export, bench, doctor):
     app.command(_module.NAME)(_module.command)
+app.add_typer(eval.app)
 
 
 def main(arguments: Sequence[str]) -> int:

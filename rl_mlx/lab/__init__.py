@@ -7,6 +7,7 @@ are used.
 
 from __future__ import annotations
 
+from rl_mlx.lab.compare import Candidate, Comparison, compare
 from rl_mlx.lab.divergence import Divergence, divergence
 from rl_mlx.lab.measurement import Measurement
 from rl_mlx.lab.perplexity import Perplexity, perplexity
@@ -14,11 +15,14 @@ from rl_mlx.lab.reference import Reference
 from rl_mlx.lab.text import Text, demo_text, read_text
 
 __all__ = [
+    "Candidate",
+    "Comparison",
     "Divergence",
     "Measurement",
     "Perplexity",
     "Reference",
     "Text",
+    "compare",
     "demo_text",
     "divergence",
     "perplexity",
