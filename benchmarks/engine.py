@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import mlx.core as mx
 from _paired import in_turns, load_mlx_lm, median, parser, ratios, run_parts
 from decode import one_stream
 
@@ -324,6 +326,97 @@ def batch_cost(bench: Bench) -> dict[str, Any]:
     }
 
 
+def random_model(folder: Path, *, hidden: int = 768, inner: int = 3072, layers: int = 3) -> int:
+    """A qwen2 of random weights, large enough that products take most of a step; its size."""
+    heads, kv_heads, vocab = 12, 4, 4096
+    config = {
+        "model_type": "qwen2", "hidden_size": hidden, "intermediate_size": inner,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "vocab_size": vocab, "max_position_embeddings": 8192, "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0, "tie_word_embeddings": True,
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    kv = hidden // heads * kv_heads
+    products = {
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden), "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }  # fmt: skip
+    weights = {"model.embed_tokens.weight": mx.random.normal((vocab, hidden), scale=0.05)}
+    weights["model.norm.weight"] = mx.ones(hidden)
+    for i in range(layers):
+        layer = f"model.layers.{i}"
+        for name, shape in products.items():
+            weights[f"{layer}.{name}.weight"] = mx.random.normal(shape, scale=0.05)
+        for name in ("q", "k", "v"):
+            width = hidden if name == "q" else kv
+            weights[f"{layer}.self_attn.{name}_proj.bias"] = mx.zeros(width)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"{layer}.{name}.weight"] = mx.ones(hidden)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    return sum(w.size for w in weights.values())
+
+
+class Watch:
+    """A request whose tokens are timed as they come."""
+
+    def __init__(self, ours: Ours, prompt: list[int], tokens: int) -> None:
+        self.stamps: list[float] = []
+        self.ended = threading.Event()
+        self.began = time.perf_counter()
+        self._backend = ours.backend
+        self._id = f"watched-{self.began}"
+        params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+        ours.backend.submit(Request(id=self._id, prompt=tuple(prompt), params=params), self._emit)
+
+    def _emit(self, event: Event) -> None:
+        if isinstance(event, Token):
+            self.stamps.append(time.perf_counter())
+        elif isinstance(event, Finished | Failed):
+            self.ended.set()
+
+    def cancel(self) -> None:
+        """End it."""
+        self._backend.cancel(self._id)
+        self.ended.wait()
+
+    def gaps(self, begin: float, end: float) -> list[float]:
+        """Seconds between tokens, of those that came between two times; sorted."""
+        pairs = itertools.pairwise(self.stamps)
+        return sorted(b - a for a, b in pairs if begin < a and b < end)
+
+
+def gap(bench: Bench, prefill: int = 4000) -> dict[str, Any]:
+    """The time between two tokens of a stream, before and while another's long prompt is read."""
+    with tempfile.TemporaryDirectory() as folder:
+        parameters = random_model(Path(folder))
+        ours = Ours(folder, context=8192)
+    ours.run([(bench.ids(600), 8)])  # kernels and costs are known from here on
+    stream = Watch(ours, bench.ids(16), 8000)
+    while len(stream.stamps) < 100:
+        time.sleep(0.01)
+    other = Watch(ours, bench.ids(prefill), 1)
+    other.ended.wait()
+    now = time.perf_counter()
+    stream.cancel()
+    ours.backend.close()
+    before, beside = stream.gaps(0, other.began), stream.gaps(other.began, now)
+    quiet, worst = median(before, 6), beside[int(len(beside) * 0.99)]
+    return {
+        "parameters": parameters,
+        "tokens of the other prompt": prefill,
+        "tokens of the stream meanwhile": len(beside),
+        "median gap before, ms": round(1e3 * quiet, 2),
+        "median gap beside, ms": median([1e3 * g for g in beside], 2),
+        "p99 gap beside, ms": round(1e3 * worst, 2),
+        "longest gap beside, ms": round(1e3 * beside[-1], 2),
+        "p99 / median before": round(worst / quiet, 2),
+        "seconds to read the other prompt": round(now - other.began, 1),
+    }
+
+
 def parts(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """All that can be measured, by name."""
     yield "one_stream", lambda: one_stream(bench.folder, 256, bench.pairs)
@@ -334,6 +427,7 @@ def parts(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     yield "kv_bytes", lambda: kv_bytes(bench)
     yield "scheduler_share", lambda: scheduler_share(bench)
     yield "batch_cost", lambda: batch_cost(bench)
+    yield "gap", lambda: gap(bench)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from rl_mlx.cache.arena import Arena
 from rl_mlx.cache.governor import Governor, MLXDevice
 from rl_mlx.convert.open import open_weights
 from rl_mlx.convert.weights import FloatType, Weights
+from rl_mlx.engine.chunk import ChunkSize
 from rl_mlx.engine.loop import Engine, Parts
 from rl_mlx.engine.runner import Runner
 from rl_mlx.engine.scheduler import Scheduler
@@ -34,7 +35,7 @@ from rl_mlx.store import ModelFiles
 from rl_mlx.types import ModelInfo, Request
 
 CHUNK = 512
-"""Prompt tokens read in one step."""
+"""The most prompt tokens read in one step."""
 MAX_ROWS = 32
 QUEUE_LIMIT = 1024
 
@@ -72,7 +73,12 @@ class MLXBackend(Backend):
             weights.close()
             runner = Runner(model, governor, CHUNK, kv)
             kv_bytes.set_result(_kv_bytes_per_token(runner.arena))
-            scheduler = Scheduler(max_rows=MAX_ROWS, queue_limit=QUEUE_LIMIT, admit=runner.admits)
+            scheduler = Scheduler(
+                max_rows=MAX_ROWS,
+                queue_limit=QUEUE_LIMIT,
+                admit=runner.admits,
+                chunks=ChunkSize(CHUNK),
+            )
             proposer = draft.load(info, governor) if draft else None
             return runner, scheduler, Speculator(proposer, settings.draft_tokens)
 

@@ -51,7 +51,7 @@ class Engine:
         self._mailbox = Mailbox()
         self._sequences: dict[str, Sequence] = {}
         self._pending: _Step | None = None
-        self._read_at = 0.0
+        self._free_at = 0.0  # when the device had done all but what was started last
         ready: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._main, args=(start, ready), name="rl-mlx-engine", daemon=True
@@ -134,16 +134,20 @@ class Engine:
             self._collect()
 
     def _prefill(self, work: Prefill) -> None:
+        self._collect()  # before the device is kept busy: streams wait for these tokens
         sequence, runner = work.sequence, self._runner
         sequence.started = sequence.started or time.perf_counter()
         if sequence.row is None:
             if not self._make_room(runner.arena.rows + 1, sequence.known, sequence):
                 return
             runner.enter(sequence)
-        if not self._make_room(runner.arena.rows, runner.next_length(sequence), sequence):
+        first, last = sequence.cached, runner.next_length(sequence, work.tokens)
+        if not self._make_room(runner.arena.rows, last, sequence):
             return
-        runner.prefill(sequence)
-        self._collect()
+        self._lap()
+        runner.prefill(sequence, last)
+        runner.wait()
+        self._scheduler.chunks.read(last - first, work.tokens, self._lap())
         if not sequence.answer:
             sequence.progress()
         if sequence.prefilled:
@@ -166,22 +170,23 @@ class Engine:
         if wants_draft and self._verify(batch):
             return
         self._speculator.rest(batch)
+        if pending is None:
+            self._lap()
         inputs = None if pending is None else pending.sampled.tokens
         step = _Step(batch, runner.decode(batch, inputs))
         self._collect()
         self._pending = step
-        if pending is not None:
-            self._speculator.observe_plain(len(batch), time.perf_counter() - self._read_at)
-        self._read_at = time.perf_counter()
 
     def _verify(self, batch: tuple[Sequence, ...]) -> bool:
         """A step with a draft, if there is one."""
-        started = time.perf_counter()
+        self._lap()
         draft = self._speculator.draft(batch)
         if draft is None:
             return False
         accepted, tokens = self._runner.verify(batch, draft)
-        self._speculator.observe(batch, draft, accepted, time.perf_counter() - started)
+        seconds = self._lap()
+        self._speculator.observe(batch, draft, accepted, seconds)
+        self._scheduler.chunks.decoded(seconds)
         for sequence, came in zip(batch, tokens):
             for token, logprob in came:
                 sequence.take(token, logprob)
@@ -210,6 +215,15 @@ class Engine:
         step, self._pending = self._pending, None
         if step is not None:
             self._read(step)
+            seconds = self._lap()
+            self._speculator.observe_plain(len(step.batch), seconds)
+            self._scheduler.chunks.decoded(seconds)
+
+    def _lap(self) -> float:
+        """Seconds since the last lap, which began when the device had nothing else to do."""
+        now = time.perf_counter()
+        seconds, self._free_at = now - self._free_at, now
+        return seconds
 
     def _read(self, step: _Step) -> None:
         read = step.sampled.read([s.request.params for s in step.batch])

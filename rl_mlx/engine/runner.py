@@ -26,8 +26,8 @@ RESERVED = 256
 class Runner:
     """The device side of the engine.
 
-    Running sequences own the rows ``0 ..``, the one being prefilled the last one. ``chunk`` prompt
-    tokens are read in a step, a multiple of the prefix tree's blocks.
+    Running sequences own the rows ``0 ..``, the one being prefilled the last one. At most ``chunk``
+    prompt tokens are read in a step, a multiple of the prefix tree's blocks.
     """
 
     def __init__(
@@ -75,11 +75,12 @@ class Runner:
         ]
         return self.make_room(self.arena.rows + 1, max(ahead))
 
-    def next_length(self, sequence: Sequence) -> int:
-        """Tokens in the row of a sequence being prefilled, after its next chunk."""
-        # Chunks end where blocks do: a sliding window would else lose a block before it is saved.
-        chunk = self._chunk - sequence.cached % BLOCK
-        return min(sequence.cached + chunk, sequence.known)
+    def next_length(self, sequence: Sequence, tokens: int) -> int:
+        """Tokens in the row of a sequence being prefilled, after at most ``tokens`` more."""
+        # What ends blocks ends there: a sliding window would else lose one before it is saved.
+        last = sequence.cached + tokens
+        whole = last - last % BLOCK
+        return min(whole if whole > sequence.cached else last, sequence.known)
 
     def enter(self, sequence: Sequence) -> None:
         """Give a sequence a row, and start it with what the prefix tree knows of its tokens."""
@@ -101,10 +102,10 @@ class Runner:
         sequence.node = whole[-1] if whole else self.tree.root
         self.tree.pin(sequence.node)
 
-    def prefill(self, sequence: Sequence) -> None:
-        """Start reading the next chunk; waits for nothing."""
+    def prefill(self, sequence: Sequence, last: int) -> None:
+        """Start reading up to the token before ``last``; waits for nothing."""
         assert sequence.row is not None, "prefill without a row"
-        row, first, last = sequence.row, sequence.cached, self.next_length(sequence)
+        row, first = sequence.row, sequence.cached
         tokens = mx.array(sequence.tokens(first, last))[None]
         step = self.arena.begin(row, row + 1, last - first)
         self._hidden = self._model.forward(tokens, step)
@@ -112,6 +113,10 @@ class Runner:
         sequence.cached = last
         sequence.forwards += 1
         mx.async_eval(*self.arena.arrays())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        """Until all that was started has been put into the arena."""
+        mx.eval(self.arena.arrays())
 
     def first(self, sequence: Sequence) -> Sampled:
         """The next token after a prefill, from its last position."""

@@ -1,7 +1,8 @@
 """What runs next: continuous batching with chunked prefill. Pure Python: it sees no tensors.
 
 First come, first served, higher ``priority`` first. Prefill chunks and decode steps take turns, so
-that a running stream never waits longer than one chunk for its next token.
+that a running stream never waits longer than one chunk for its next token; ``ChunkSize`` sees to it
+that this is not long.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rl_mlx.engine.chunk import ChunkSize
 from rl_mlx.engine.sequence import Sequence
 from rl_mlx.errors import QueueFull
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """Read a chunk more of what ``sequence`` begins with."""
+    """Read at most ``tokens`` more of what ``sequence`` begins with."""
 
     sequence: Sequence
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,17 @@ class Scheduler:
     """
 
     def __init__(
-        self, *, max_rows: int, queue_limit: int, admit: Callable[[Sequence], bool]
+        self,
+        *,
+        max_rows: int,
+        queue_limit: int,
+        admit: Callable[[Sequence], bool],
+        chunks: ChunkSize,
     ) -> None:
         self.waiting: list[Sequence] = []
         self.prefilling: Sequence | None = None
         self.running: list[Sequence] = []
+        self.chunks = chunks
         self._max_rows = max_rows
         self._queue_limit = queue_limit
         self._admit = admit
@@ -79,7 +88,7 @@ class Scheduler:
             self.prefilling = self.prefilling or self._next()
             if self.prefilling is not None:
                 self._decoded_last = False
-                return Prefill(self.prefilling)
+                return Prefill(self.prefilling, self.chunks.tokens(beside=bool(batch)))
         self._decoded_last = True
         return Decode(tuple(sorted(batch, key=lambda s: s.row or 0))) if batch else None
 

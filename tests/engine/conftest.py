@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from rl_mlx.cache.governor import Governor
+from rl_mlx.engine.chunk import ChunkSize
 from rl_mlx.engine.loop import Engine
 from rl_mlx.engine.runner import Runner
 from rl_mlx.engine.scheduler import Scheduler
@@ -76,6 +77,7 @@ class Harness:
         queue=2000,
         draft=None,
         fixed=None,
+        chunks=None,
     ):
         self.governor = Governor(SimulatedDevice(room), room, weights=0)
 
@@ -86,7 +88,10 @@ class Harness:
             return self.runner, self.scheduler, self.speculator
 
         self.scheduler = Scheduler(
-            max_rows=rows, queue_limit=queue, admit=lambda s: self.runner.admits(s)
+            max_rows=rows,
+            queue_limit=queue,
+            admit=lambda s: self.runner.admits(s),
+            chunks=chunks or ChunkSize(chunk),
         )
         self.engine = Engine(start)
         self._count = 0

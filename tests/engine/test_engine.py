@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 
+from rl_mlx.engine.chunk import ChunkSize
 from rl_mlx.errors import EngineError, OutOfMemory
 from rl_mlx.settings import KVFormat
 from rl_mlx.types import Failed, Finished, Progress
@@ -139,6 +140,35 @@ def test_seeds_are_kept_whatever_else_runs(harness):
     engine = harness()
     assert [a.ids for a in engine.together(prompts, **options)] == want
     assert want[0] != alone(harness, "llama", prompts[0], **{**options, "seed": 43})
+
+
+class AnyChunks(ChunkSize):
+    """Chunks of any size, and what was told of their cost."""
+
+    def __init__(self):
+        super().__init__(64)
+        self.random = random.Random(3)
+        self.told = []
+
+    def tokens(self, *, beside):
+        return self.random.choice([1, 2, 7, 63, 64]) if beside else self.most
+
+    def read(self, tokens, asked, seconds):
+        assert 0 < tokens <= asked
+        assert seconds > 0
+        self.told.append(tokens)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_the_same_whatever_the_chunks_beside_running_streams(harness, family):
+    prompts = prompts_of(6)
+    want = [alone(harness, family, p) for p in prompts]
+    chunks = AnyChunks()
+    engine = harness(family, chunks=chunks)
+    assert [a.ids for a in engine.together(prompts)] == want
+    assert sum(chunks.told) == sum(map(len, prompts))
+    assert len(chunks.told) > 2 * len(prompts)
+    assert [a.ids for a in engine.together(prompts)] == want  # what they left in the tree is right
 
 
 def test_penalties_work_in_a_batch_with_others(harness):

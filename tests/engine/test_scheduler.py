@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from rl_mlx.engine.chunk import ChunkSize
 from rl_mlx.engine.scheduler import Decode, Prefill, Scheduler
 from rl_mlx.engine.sequence import Sequence
 from rl_mlx.errors import QueueFull
@@ -23,13 +24,17 @@ def make(name, prompt=6, limit=3, priority=0, events=None):
     return Sequence(request, events.append, limit, seed=0), events
 
 
+def make_scheduler(rows, queue, admit=lambda s: True):
+    return Scheduler(max_rows=rows, queue_limit=queue, admit=admit, chunks=ChunkSize(CHUNK))
+
+
 class Machine(RuleBasedStateMachine):
     """Plays the loop: plans, pretends to run, reads one step late as the real one does."""
 
     def __init__(self):
         super().__init__()
         self.memory = True
-        self.scheduler = Scheduler(max_rows=ROWS, queue_limit=QUEUE, admit=lambda s: self.memory)
+        self.scheduler = make_scheduler(ROWS, QUEUE, lambda s: self.memory)
         self.all = []
         self.pending = ()
         self.steps_since_decode = 0
@@ -74,7 +79,7 @@ class Machine(RuleBasedStateMachine):
         if isinstance(work, Prefill):
             assert work.sequence.row is not None or len(self.rows()) < ROWS
             work.sequence.row = 0 if work.sequence.row is None else work.sequence.row
-            work.sequence.cached = min(work.sequence.cached + CHUNK, work.sequence.known)
+            work.sequence.cached = min(work.sequence.cached + work.tokens, work.sequence.known)
             self.steps_since_decode += 1
             if waiting_streams:
                 assert self.steps_since_decode == 1, "a stream waited longer than one chunk"
@@ -139,14 +144,14 @@ TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadlin
 
 
 def test_higher_priority_goes_first_and_equals_in_order():
-    scheduler = Scheduler(max_rows=1, queue_limit=9, admit=lambda s: True)
+    scheduler = make_scheduler(1, 9)
     for name, priority in [("a", 0), ("b", 1), ("c", 0), ("d", 1)]:
         scheduler.add(make(name, priority=priority)[0])
     assert [s.request.id for s in scheduler.waiting] == ["b", "d", "a", "c"]
 
 
 def test_who_gave_way_goes_on_before_those_who_came_later():
-    scheduler = Scheduler(max_rows=2, queue_limit=9, admit=lambda s: True)
+    scheduler = make_scheduler(2, 9)
     first, second, third = (make(name)[0] for name in "abc")
     for sequence in (first, second):
         scheduler.add(sequence)
@@ -160,7 +165,7 @@ def test_who_gave_way_goes_on_before_those_who_came_later():
 
 
 def test_a_full_queue_says_so():
-    scheduler = Scheduler(max_rows=1, queue_limit=1, admit=lambda s: True)
+    scheduler = make_scheduler(1, 1)
     scheduler.add(make("a")[0])
     with pytest.raises(QueueFull, match="try again later"):
         scheduler.add(make("b")[0])

@@ -1,0 +1,67 @@
+"""Chunks beside running streams take about as long as they may, whatever tokens cost."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rl_mlx.engine.chunk import STEPS, ChunkSize
+
+
+@settings(deadline=None)
+@given(
+    fixed=st.floats(0, 1.2),
+    token=st.floats(0.003, 0.25),
+    deeper=st.floats(0, 0.002),
+    idle=st.booleans(),
+)
+def test_a_chunk_takes_a_step_and_a_half_and_no_less_than_it_could(fixed, token, deeper, idle):
+    # In units of a decode step; every token makes those after it dearer, as attention does.
+    chunks, depth = ChunkSize(512), 0
+
+    def cost(tokens):
+        return fixed + tokens * (token + deeper * depth / 512)
+
+    chunks.decoded(1.0)
+    if idle:
+        chunks.read(512, 512, cost(512))
+    for step in range(60):
+        size = chunks.tokens(beside=True)
+        if step > 30:
+            best = (STEPS - fixed) / (token + deeper * depth / 512)
+            assert cost(size) <= 1.05 * STEPS or size == 1
+            assert size >= min(512, 0.8 * best) - 1
+        chunks.read(size, size, cost(size))
+        depth += size
+
+
+def test_alone_a_prompt_is_read_by_whole_chunks():
+    chunks = ChunkSize(512)
+    chunks.decoded(1.0)
+    chunks.read(512, 512, 100.0)
+    assert chunks.tokens(beside=False) == 512
+    assert chunks.tokens(beside=True) == 7
+
+
+def test_prefill_goes_on_however_dear_a_token_is():
+    chunks = ChunkSize(512)
+    assert chunks.tokens(beside=True) == 64  # nothing is known yet
+    chunks.decoded(1.0)
+    chunks.read(64, 64, 1e6)
+    assert chunks.tokens(beside=True) == 1
+
+
+def test_the_short_end_of_a_prompt_says_nothing_of_the_cost():
+    chunks = ChunkSize(512)
+    chunks.decoded(1.0)
+    chunks.read(100, 100, 1.5)
+    chunks.read(3, 100, 0.9)
+    assert chunks.tokens(beside=True) == 100
+
+
+def test_one_slow_step_is_no_reason_for_long_chunks():
+    chunks = ChunkSize(512)
+    chunks.decoded(1.0)
+    chunks.read(10, 10, 1.5)
+    chunks.decoded(50.0)
+    assert chunks.tokens(beside=True) < 20
