@@ -5,8 +5,9 @@
 The models are synthetic llamas, written beside each other in a folder of their own (--folder) and
 removed. Every arm runs in a process of its own, in turn with the others; medians are shown. Times
 are of the work, not of starting Python; ``cached`` is until the call is back, ``on disk`` until the
-bytes that were written are on the disk (fsync), and ratios are of that. Peak memory is of the
-process, in MB.
+bytes that were written are on the disk (fsync). Ratios are of that, the median of those of each
+round. ``cores`` are the seconds that all cores worked, which other programs change less. Peak
+memory is of the process, in MB.
 
 - ``cp``: the system's cp of the GGUF file; ``convert``: GGUF Q4_K_M to an MLX folder.
 - ``naive``: gguf-py decodes, mx.quantize packs (of the file's first --naive-mb, scaled to all).
@@ -26,10 +27,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
+from _paired import machine
 
 HIDDEN, INNER, VOCAB, HEADS, KV = 2048, 5632, 4096, 16, 512
 _KINDS = gguf.GGMLQuantizationType
@@ -87,15 +89,15 @@ _FRAME = """
 import json, resource, sys, time
 source, out, limit = sys.argv[1], sys.argv[2], float(sys.argv[3])
 {arm}
-start = time.perf_counter()
+start, cores = time.perf_counter(), time.process_time()
 done = run()
-seconds = time.perf_counter() - start
+seconds, cores = time.perf_counter() - start, time.process_time() - cores
 try:  # ru_maxrss counts the parent's memory on Linux
     status = open("/proc/self/status").read()
     peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
 except OSError:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps([seconds, peak, done if isinstance(done, int) else 0]))
+print(json.dumps([seconds, cores, peak, done if isinstance(done, int) else 0]))
 """
 
 
@@ -173,19 +175,30 @@ def write_folder(path: Path, megabytes: float) -> None:
             file.write((values.view(np.uint32) >> np.uint32(16)).astype(np.uint16))
 
 
-def run(arm: str, source: Path, out: Path, limit: float = 0) -> tuple[float, float, float]:
-    """Seconds until done and until on the disk, and peak MB; what it wrote is removed."""
+class Measured(NamedTuple):
+    """Seconds until the call was back, until all was on the disk, and of work; peak memory."""
+
+    cached: float
+    seconds: float
+    cores: float
+    peak_mb: float
+
+
+def run(arm: str, source: Path, out: Path, limit: float = 0) -> Measured:
+    """Measure an arm once; what it wrote is removed."""
     size = source.stat().st_size if source.is_file() else 0
     if arm == "cp":
-        start = time.perf_counter()
+        start, before = time.perf_counter(), os.times()
         subprocess.run(["cp", source, out], check=True)
-        seconds, peak = time.perf_counter() - start, 0.0
+        seconds, peak, after = time.perf_counter() - start, 0.0, os.times()
+        cores = sum(after[2:4]) - sum(before[2:4])  # of children
     else:
         program = _FRAME.format(arm=ARMS[arm])
         command = [sys.executable, "-c", program, str(source), str(out), str(limit)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        seconds, peak, read = json.loads(done.stdout.splitlines()[-1])
-        seconds *= size / read if read else 1
+        seconds, cores, peak, read = json.loads(done.stdout.splitlines()[-1])
+        whole = size / read if read else 1
+        seconds, cores = seconds * whole, cores * whole
     start = time.perf_counter()
     for written in [out, *out.parent.glob(f"{out.name}/*"), *out.parent.glob(f"{out.name}.*")]:
         if written.is_file():
@@ -194,25 +207,27 @@ def run(arm: str, source: Path, out: Path, limit: float = 0) -> tuple[float, flo
     flushed = seconds + time.perf_counter() - start
     for left in out.parent.glob(f"{out.name}*"):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-    return seconds, flushed, peak / 1e6
+    return Measured(seconds, flushed, cores, peak / 1e6)
 
 
-def compare(
-    arms: dict[str, tuple[Path, float]], out: Path, runs: int
-) -> dict[str, dict[str, float]]:
-    """Medians of the arms, in turn."""
-    found: dict[str, list[tuple[float, float, float]]] = {arm: [] for arm in arms}
+def compare(arms: dict[str, tuple[Path, float]], out: Path, runs: int) -> dict[str, list[Measured]]:
+    """The arms in turn."""
+    found: dict[str, list[Measured]] = {arm: [] for arm in arms}
     for _ in range(runs):
         for arm, (source, limit) in arms.items():
             found[arm].append(run(arm, source, out, limit))
-    return {
-        arm: {
-            "cached": statistics.median(s for s, _, _ in times),
-            "seconds": statistics.median(s for _, s, _ in times),
-            "peak_mb": statistics.median(p for _, _, p in times),
-        }
-        for arm, times in found.items()
-    }
+    return found
+
+
+def medians(times: list[Measured]) -> dict[str, float]:
+    """Of all that was measured."""
+    return {name: statistics.median(getattr(t, name) for t in times) for name in Measured._fields}
+
+
+def ratio(times: list[Measured], others: list[Measured]) -> float:
+    """How many times as fast as the others: the median over the rounds."""
+    pairs = zip(times, others, strict=True)
+    return statistics.median(other.seconds / own.seconds for own, other in pairs)
 
 
 def main() -> None:
@@ -225,7 +240,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    results: dict[str, Any] = {}
+    found: dict[str, list[Measured]] = {}
+    sizes: dict[str, dict[str, float]] = {}
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         work = Path(folder)
         write_gguf(work / "model.gguf", options.mb)
@@ -236,45 +253,45 @@ def main() -> None:
             "convert": (source, 0.0),
             "naive": (source, options.naive_mb * 1e6),
         }
-        results |= compare(arms, work / "out", options.runs)
-        results |= compare(
+        found |= compare(arms, work / "out", options.runs)
+        found |= compare(
             dict.fromkeys(("q4", "mlx-lm"), (work / "hf", 0.0)), work / "out", options.runs
         )
         source.unlink()
         shutil.rmtree(work / "hf")
-        results["MB/s by size"] = {}
         for size in options.sizes:
             write_gguf(work / "size.gguf", size)
             bytes_ = (work / "size.gguf").stat().st_size
             times = [run("convert", work / "size.gguf", work / "out") for _ in range(options.runs)]
-            speed = bytes_ / 1e6 / statistics.median(s for s, _, _ in times)
-            peak = max(p for _, _, p in times)
-            results["MB/s by size"][f"{bytes_ / 1e6:.0f}"] = {"speed": speed, "peak_mb": peak}
-    seconds = {name: found["seconds"] for name, found in results.items() if "seconds" in found}
-    results["ratios"] = {
-        "convert / cp speed": seconds["cp"] / seconds["convert"],
-        "convert / naive speed": seconds["naive"] / seconds["convert"],
-        "q4 / mlx-lm speed": seconds["mlx-lm"] / seconds["q4"],
+            sizes[f"{bytes_ / 1e6:.0f}"] = medians(times) | {
+                "mb_a_second": bytes_ / 1e6 / statistics.median(t.seconds for t in times),
+                "mb_a_core_second": bytes_ / 1e6 / statistics.median(t.cores for t in times),
+            }
+    results = {
+        "machine": machine() | {"load": (load, os.getloadavg()[0])},
+        "mb": options.mb,
+        "arms": {arm: medians(times) for arm, times in found.items()},
+        "ratios": {
+            "convert / cp": ratio(found["convert"], found["cp"]),
+            "convert / naive": ratio(found["convert"], found["naive"]),
+            "q4 / mlx-lm": ratio(found["q4"], found["mlx-lm"]),
+        },
+        "sizes": sizes,
     }
-    print(json.dumps(results) if options.json else table(results))
+    print(json.dumps(results, indent=2) if options.json else table(results))
 
 
 def table(results: dict[str, Any]) -> str:
     """For people."""
-    lines = []
-    for name, found in results.items():
-        if "seconds" in found:
-            lines.append(
-                f"{name:24}{found['cached']:9.2f} s{found['seconds']:9.2f} s on disk"
-                f"{found['peak_mb']:9.0f} MB"
-            )
-        elif name == "ratios":
-            lines += [f"{what:24}{ratio:9.2f}" for what, ratio in found.items()]
-        else:
-            lines += [
-                f"convert {size + ' MB':16}{at['speed']:9.0f} MB/s{at['peak_mb']:6.0f} MB"
-                for size, at in found.items()
-            ]
+    lines = [f"{'':12}{'cached s':>12}{'on disk s':>12}{'core s':>12}{'peak MB':>12}"]
+    for arm, found in results["arms"].items():
+        lines.append(f"{arm:12}" + "".join(f"{found[name]:12.2f}" for name in Measured._fields))
+    lines += [f"{what:24}{number:12.2f}" for what, number in results["ratios"].items()]
+    lines += [
+        f"convert {size:>6} MB {at['mb_a_second']:8.0f} MB/s {at['mb_a_core_second']:8.0f} MB a "
+        f"core second {at['peak_mb']:6.0f} MB peak"
+        for size, at in results["sizes"].items()
+    ]
     return "\n".join(lines)
 
 

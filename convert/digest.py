@@ -17,7 +17,8 @@ def digest(files: Sequence[Path]) -> str:
 
 def _file_digest(path: Path) -> str:
     hashed = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            hashed.update(piece)
+    buffer = memoryview(bytearray(1 << 18))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            hashed.update(buffer[:count])
     return hashed.hexdigest()

@@ -34,6 +34,13 @@ def narrow(values: npt.NDArray[np.float32], dtype: FloatType) -> npt.NDArray[Any
     return np.where(np.isnan(values), upper | np.uint32(0x40), rounded).astype(np.uint16)
 
 
+def overflows(half: npt.NDArray[np.float16], values: npt.NDArray[np.float32]) -> bool:
+    """Whether a finite number among ``values`` is infinite in ``half``, what they became."""
+    if ((half.view(np.uint16) & np.uint16(0x7FFF)) < 0x7C00).all():
+        return False
+    return bool((np.isinf(half) & np.isfinite(values)).any())
+
+
 def widen(array: npt.NDArray[Any], dtype: FloatType) -> npt.NDArray[np.float32]:
     """The float32 values of an array of ``dtype``."""
     if dtype != "bfloat16":

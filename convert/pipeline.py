@@ -44,7 +44,8 @@ from rl_mlx.convert.weights import FloatType
 from rl_mlx.errors import FormatError, InvalidRequest, UnsupportedModel
 
 OnProgress = Callable[[int, int], None]
-_SLICE = 1 << 20  # weights that a thread works on at a time: they stay in its cache
+# Weights that a thread works on at a time: packed ones, and floats, stay in its cache.
+_SLICE, _FLOAT_SLICE = 1 << 20, 1 << 18
 _BATCH = 16  # slices after which the pages that were read are given back
 _MARGIN = 64 << 20  # bytes for tokenizer, headers and the file system's own
 # Files of a folder that are copied, besides the weights: tokenizer, templates, licence.
@@ -258,7 +259,7 @@ class _Conversion:
 
     def _stream(self, shards: ShardWriter, part: Source, holding: Holding) -> None:
         """Slices of a tensor, each read, held and written by one thread, in its cache."""
-        step = max(1, _SLICE // max(part.columns, 1))
+        step = max(1, (_SLICE if part.packed else _FLOAT_SLICE) // max(part.columns, 1))
 
         def work(start: int) -> int:
             stop = min(start + step, part.rows)

@@ -21,7 +21,7 @@ from rl_mlx.convert.weights import Dense, FloatType, Mode, Packed, Tensor
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _SUBNORMAL = np.float32(2.0**-6)  # E4M3 below this has a fixed step of 2 ** -9
 

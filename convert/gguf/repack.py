@@ -17,10 +17,10 @@ import numpy.typing as npt
 
 from rl_mlx.convert import bits as stream
 from rl_mlx.convert.chunks import in_chunks
-from rl_mlx.convert.floats import DTYPES, narrow
+from rl_mlx.convert.floats import DTYPES, narrow, overflows
 from rl_mlx.convert.gguf import lattice
 from rl_mlx.convert.gguf.blocks import BlockFloat, Lattice, Plain, block
-from rl_mlx.convert.gguf.blocks.base import CHUNK, U8
+from rl_mlx.convert.gguf.blocks.base import CHUNK, U8, Nibbles
 from rl_mlx.convert.gguf.types import GGMLType
 from rl_mlx.convert.weights import Dense, FloatType, Mode, Packed, Tensor
 from rl_mlx.errors import FormatError, InvalidRequest
@@ -138,16 +138,28 @@ def _affine(raw: U8, kind: Lattice, made: Container, dtype: FloatType) -> Packed
 
     def work(chunk: slice) -> None:
         with np.errstate(all="ignore"):  # a damaged scale makes NaN weights, as ggml has it
-            codes = lattice.fit(kind.codes(blocks[chunk]), kind, made.bits)
-            stream.pack(codes.q, made.bits, weight[chunk])
-            for values, out in ((codes.scale, scales), (codes.biases(), biases)):
+            scale, bias = _codes(blocks[chunk], kind, made.bits, weight[chunk])
+            for values, out in ((scale, scales), (bias, biases)):
                 out[chunk] = narrow(values, dtype)
-                if dtype == "float16" and (np.isinf(out[chunk]) & np.isfinite(values)).any():
+                if dtype == "float16" and overflows(out[chunk], values):
                     raise OverflowError("scales beyond float16")
 
     in_chunks(len(blocks), max(1, CHUNK // kind.block_size), work)
     shape = (*raw.shape[:-1], kind.columns(raw))
     return _rows(shape, made, dtype, weight, scales, biases)
+
+
+def _codes(
+    blocks: U8, kind: Lattice, bits: int, out: npt.NDArray[np.uint32]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Pack the codes of some blocks into ``out``; returns scales and biases."""
+    if isinstance(kind, Nibbles) and bits == 4:
+        out[:] = kind.pairs(blocks).view(np.uint32)
+        scale, zero, bias = kind.scaling(blocks)
+        return scale, scale * -np.float32(zero) if bias is None else bias
+    codes = lattice.fit(kind.codes(blocks), kind, bits)
+    stream.pack(codes.q, bits, out)
+    return codes.scale, codes.biases()
 
 
 def _block_float(raw: U8, kind: BlockFloat, made: Container, dtype: FloatType) -> Packed:

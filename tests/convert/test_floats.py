@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from rl_mlx.convert.floats import DTYPES, narrow, widen
+from rl_mlx.convert.floats import DTYPES, narrow, overflows, widen
 
 SPECIAL = [0.0, -0.0, 1.0, 1e-45, -1e-40, 6e-5, 65504.0, 3.38e38, np.inf, -np.inf, np.nan]
 
@@ -32,3 +32,13 @@ def test_every_bfloat16_comes_back() -> None:
     numbers = ~np.isnan(widen(patterns, "bfloat16"))
     assert np.array_equal(back[numbers], patterns[numbers])
     assert np.isnan(widen(back[~numbers], "bfloat16")).all()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "found"),
+    [([65504, -65504, 0], False), ([1, 65520], True), ([-65520], True), ([np.inf, np.nan], False)],
+)
+def test_finite_numbers_that_become_infinite_are_noticed(numbers: list[float], found: bool) -> None:
+    values = np.array(numbers, np.float32)
+    with np.errstate(over="ignore"):
+        assert overflows(narrow(values, "float16"), values) is found

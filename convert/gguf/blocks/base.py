@@ -130,21 +130,58 @@ class Lattice(Block):
         return self.codes(blocks).values()
 
 
+class Nibbles(Lattice):
+    """A lattice whose integers lie in nibbles from byte ``start`` of a block on, as they are.
+
+    Of every ``run`` bytes the low nibbles come first.
+    """
+
+    start: ClassVar[int]
+    run: ClassVar[int]
+
+    @abstractmethod
+    def scaling(self, blocks: U8) -> tuple[F32, float, F32 | None]:
+        """``scale``, ``zero`` and ``bias`` of uint8 ``[n, type_size]``, as in ``Codes``."""
+
+    def codes(self, blocks: U8) -> Codes:
+        """Nibbles as they are."""
+        return Codes(fields(blocks[:, self.start :], 4, self.run), *self.scaling(blocks))
+
+    def pairs(self, blocks: U8) -> U8:
+        """The integers two to a byte, the first in the low nibble, ``[n, block_size / 2]``."""
+        lanes = blocks[:, self.start :].copy().view(np.uint64)
+        # Of each two bytes the inner nibbles change places: then one has the low, one the high.
+        inner = lanes >> np.uint64(4)
+        inner ^= lanes
+        inner &= np.uint64(0x00F000F000F000F0)
+        lanes ^= inner
+        inner <<= np.uint64(4)
+        lanes ^= inner
+        both = lanes.view(np.uint16).reshape(-1)
+        runs = np.empty((both.size * 2 // self.run, 2), f"V{self.run // 2}")
+        runs[:, 0] = both.astype(np.uint8).view(runs.dtype)
+        both >>= np.uint16(8)
+        runs[:, 1] = both.astype(np.uint8).view(runs.dtype)
+        return runs.view(np.uint8).reshape(len(blocks), -1)
+
+
 def half(blocks: U8, at: int) -> F32:
     """The float16 at byte ``at`` of each block, as float32 ``[n, 1]``."""
     return blocks[:, at : at + 2].view("<f2").astype(np.float32)
 
 
-def fields(octets: U8, bits: int, run: int) -> U8:
+def fields(octets: U8, bits: int, run: int, at: int = 0) -> U8:
     """Cut bytes into fields in ggml's order, uint8 ``[n, k]`` into ``[n, k * 8 / bits]``.
 
     Of every ``run`` bytes (a multiple of 8) the lowest fields come first, then the next higher.
+    Each begins at bit ``at`` of its byte, the other bits are 0.
     """
     lanes = np.ascontiguousarray(octets).view(np.uint64)
-    mask = np.uint64(0x0101010101010101 * ((1 << bits) - 1))
+    mask = np.uint64(0x0101010101010101 * ((1 << bits) - 1) << at)
     runs = np.empty((octets.size // run, 8 // bits), f"V{run}")
     for field in range(8 // bits):
-        part = lanes >> np.uint64(field * bits)
+        down = field * bits - at
+        part = lanes >> np.uint64(down) if down > 0 else lanes << np.uint64(-down)
         part &= mask
         # A run at a time is copied: NumPy's loops over a few numbers cost more than the numbers.
         runs[:, field] = part.view(f"V{run}").reshape(-1)

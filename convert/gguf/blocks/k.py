@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rl_mlx.convert.gguf.blocks.base import F32, U8, Codes, Lattice, fields, half
+from rl_mlx.convert.gguf.blocks.base import F32, U8, Codes, Lattice, Nibbles, fields, half
 from rl_mlx.convert.gguf.types import GGMLType
 
 _LOW4, _LOW6, _HIGH2 = (np.uint32(mask * 0x01010101) for mask in (0x0F, 0x3F, 0x30))
@@ -37,23 +37,23 @@ class Q3_K(Lattice):
 
     def codes(self, blocks: U8) -> Codes:
         """Two-bit fields and third bits joined."""
-        q = fields(blocks[:, :32], 1, 32)
-        q <<= np.uint8(2)
+        q = fields(blocks[:, :32], 1, 32, at=2)
         q |= fields(blocks[:, 32:96], 2, 32)
         packed = blocks[:, 96:108]
         scale = fields(packed[:, :8], 4, 8) | _upper(packed[:, 8:])
         return Codes(q, half(blocks, 108) * (scale.astype(np.float32) - 32), zero=4.0)
 
 
-class Q4_K(Lattice):
+class Q4_K(Nibbles):
     """``d * sc * q - dmin * m`` by 32; float16 d, dmin, 12 bytes of 6-bit sc and m, nibbles."""
 
     type, group, levels = GGMLType.Q4_K, 32, tuple(range(16))
+    start, run = 16, 32
 
-    def codes(self, blocks: U8) -> Codes:
-        """Nibbles as they are."""
+    def scaling(self, blocks: U8) -> tuple[F32, float, F32]:
+        """``d * sc`` and ``-dmin * m``."""
         scale, bias = _scales(blocks)
-        return Codes(fields(blocks[:, 16:], 4, 32), scale, bias=bias)
+        return scale, 0.0, bias
 
 
 class Q5_K(Lattice):
@@ -64,8 +64,7 @@ class Q5_K(Lattice):
     def codes(self, blocks: U8) -> Codes:
         """Nibbles and fifth bits joined."""
         scale, bias = _scales(blocks)
-        q = fields(blocks[:, 16:48], 1, 32)
-        q <<= np.uint8(4)
+        q = fields(blocks[:, 16:48], 1, 32, at=4)
         q |= fields(blocks[:, 48:], 4, 32)
         return Codes(q, scale, bias=bias)
 
@@ -80,8 +79,7 @@ class Q6_K(Lattice):
 
     def codes(self, blocks: U8) -> Codes:
         """Nibbles and upper bits joined."""
-        q = fields(blocks[:, 128:192], 2, 32)
-        q <<= np.uint8(4)
+        q = fields(blocks[:, 128:192], 2, 32, at=4)
         q |= fields(blocks[:, :128], 4, 64)
         return Codes(q, half(blocks, 208) * blocks[:, 192:208].view(np.int8), zero=32.0)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rl_mlx.convert.gguf.blocks.base import U8, Codes, Lattice, fields, half
+from rl_mlx.convert.gguf.blocks.base import F32, U8, Codes, Lattice, Nibbles, fields, half
 from rl_mlx.convert.gguf.types import GGMLType
 
 
@@ -14,24 +14,26 @@ class _Block32(Lattice):
     group = 32
 
 
-class Q4_0(_Block32):
+class Q4_0(_Block32, Nibbles):
     """``d * (q - 8)``; float16 d, then 16 bytes of nibbles, weights 0-15 in the low ones."""
 
     type, levels = GGMLType.Q4_0, tuple(range(16))
+    start, run = 2, 16
 
-    def codes(self, blocks: U8) -> Codes:
-        """Nibbles as they are."""
-        return Codes(fields(blocks[:, 2:], 4, 16), half(blocks, 0), zero=8.0)
+    def scaling(self, blocks: U8) -> tuple[F32, float, None]:
+        """``d``, and 8 for zero."""
+        return half(blocks, 0), 8.0, None
 
 
-class Q4_1(_Block32):
+class Q4_1(_Block32, Nibbles):
     """``d * q + m``; float16 d and m, then nibbles as in Q4_0."""
 
     type, levels = GGMLType.Q4_1, tuple(range(16))
+    start, run = 4, 16
 
-    def codes(self, blocks: U8) -> Codes:
-        """Nibbles as they are."""
-        return Codes(fields(blocks[:, 4:], 4, 16), half(blocks, 0), bias=half(blocks, 2))
+    def scaling(self, blocks: U8) -> tuple[F32, float, F32]:
+        """``d`` and ``m``."""
+        return half(blocks, 0), 0.0, half(blocks, 2)
 
 
 class Q5_0(_Block32):

@@ -15,8 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rl_mlx.convert.bits import pack
 from rl_mlx.convert.gguf import repack as repack_module
 from rl_mlx.convert.gguf.blocks import BLOCKS, Lattice, block
+from rl_mlx.convert.gguf.blocks.base import Nibbles
 from rl_mlx.convert.gguf.repack import container, repack
 from rl_mlx.convert.gguf.types import GGMLType
 from rl_mlx.convert.weights import Dense, FloatType, Packed
@@ -281,6 +283,18 @@ def test_repacking_needs_its_output_and_a_few_chunks(ggml_type: GGMLType) -> Non
         tracemalloc.stop()
     assert peak < size + 4 * 16 * repack_module.CHUNK  # four threads, 16 bytes a weight
     assert peak < 4 * rows * 1024  # less than one float32 copy
+
+
+@pytest.mark.parametrize("ggml_type", [GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q4_K])
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_nibbles_change_places_as_if_unpacked(ggml_type: GGMLType, count: int) -> None:
+    kind = block(ggml_type)
+    assert isinstance(kind, Nibbles)
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 60, (count, kind.type_size), np.uint8)
+    blocks.flags.writeable = False  # as those of a file are
+    expected = pack(kind.codes(blocks).q, 4)
+    assert np.array_equal(kind.pairs(blocks).view(np.uint32), expected)
 
 
 def test_refusals_say_what_to_do() -> None:
