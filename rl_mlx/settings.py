@@ -129,7 +129,8 @@ def config_path(environ: Mapping[str, str] = os.environ) -> Path:
 def load_settings(
     flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ
 ) -> ModelSettings:
-    """Settings with ``flags`` (those not None) over ``RL_MLX_*`` over the file over the defaults.
+    """Settings with ``flags`` (those not None) over ``RL_MLX_*`` over the file over the defaults;
+    of ``backend_options`` each one by itself.
 
     Raises ``InvalidRequest`` for an unknown key in the file or a value of the wrong type anywhere.
     """
@@ -139,7 +140,10 @@ def load_settings(
         text = environ.get(f"RL_MLX_{name.upper()}")
         if text:
             values[name] = _parse(name, text)
+    in_file = values.get("backend_options", {})
     values.update({k: v for k, v in flags.items() if v is not None})
+    if isinstance(in_file, dict):
+        values["backend_options"] = {**in_file, **(flags.get("backend_options") or {})}
     return ModelSettings(**values)
 
 

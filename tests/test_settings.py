@@ -33,6 +33,16 @@ def test_each_source_is_over_the_next(environ: dict[str, str]) -> None:
     assert load_settings(flags, environ) == ModelSettings(backend="mlx", context=2, kv_bits=4)
 
 
+def test_options_of_a_backend_are_merged_one_by_one(environ: dict[str, str]) -> None:
+    write(environ, "[backend_options]\nthreads = 2\nbatch = 64\n")
+    flags = {"backend_options": {"threads": 4}}
+    assert load_settings(flags, environ).backend_options == {"threads": 4, "batch": 64}
+    assert load_settings({}, environ).backend_options == {"threads": 2, "batch": 64}
+    write(environ, "backend_options = 3\n")
+    with pytest.raises(InvalidRequest, match="backend_options must be a table"):
+        load_settings({}, environ)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

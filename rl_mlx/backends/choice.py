@@ -27,8 +27,9 @@ def is_url(backend: str) -> bool:
     return backend.startswith(("http://", "https://"))
 
 
-def choose(backend: str, dtype: str | None = None) -> Choice:
-    """The order for ``backend`` on this machine. Raises ``InvalidRequest`` for an unknown name."""
+def choose(settings: ModelSettings) -> Choice:
+    """The order for ``settings`` on this machine. Raises ``InvalidRequest`` for an unknown name."""
+    backend = settings.backend
     if is_url(backend):
         return Choice((backend,), f"{backend} was asked for")
     if backend not in NAMES:
@@ -37,9 +38,12 @@ def choose(backend: str, dtype: str | None = None) -> Choice:
         )
     if backend != "auto":
         return Choice((backend,), f"{backend} was asked for")
+    if settings.backend_options:
+        names = ", ".join(settings.backend_options)
+        return Choice(("llama.cpp",), f"llama.cpp, because {names} is for it alone")
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return Choice(("mlx", "llama.cpp"), "mlx, because this is Apple Silicon")
-    if dtype == "float32":
+    if settings.dtype == "float32":
         why = "mlx, because llama.cpp rounds activations where float32 was asked for"
         return Choice(("mlx", "llama.cpp"), why)
     return Choice(("llama.cpp", "mlx"), "llama.cpp, because this is not Apple Silicon")
@@ -49,7 +53,7 @@ def open_chosen(files: ModelFiles, settings: ModelSettings) -> Backend:
     """Open ``files`` on the first backend of the choice that can; what others said goes to the
     notes.
     """
-    choice = choose(settings.backend, settings.dtype)
+    choice = choose(settings)
     refusals: list[str] = []
     for name in choice.names:
         try:
@@ -81,7 +85,7 @@ def _open(name: str, files: ModelFiles, settings: ModelSettings) -> Backend:
 
 
 def _open_mlx(files: ModelFiles, settings: ModelSettings) -> Backend:
-    if settings.backend_options and settings.backend == "mlx":
+    if settings.backend_options:
         names = ", ".join(settings.backend_options)
         raise InvalidRequest(f"the mlx backend has no backend_options; leave out {names}")
     try:

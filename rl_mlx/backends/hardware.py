@@ -11,8 +11,7 @@ import sys
 from dataclasses import dataclass
 
 from rl_mlx.backends import machine
-from rl_mlx.backends.choice import choose
-from rl_mlx.backends.llamacpp.library import VERSION, open_library
+from rl_mlx.backends.llamacpp.library import GPU_KINDS, VERSION, open_library
 from rl_mlx.backends.machine import Gpu
 from rl_mlx.errors import BackendUnavailable
 
@@ -54,7 +53,7 @@ class BackendStatus:
 
 @dataclass(frozen=True)
 class Report:
-    """All that ``doctor`` shows of the hardware. Each line of ``advice`` ends with a command."""
+    """What this machine has. Each line of ``advice`` ends with a command."""
 
     system: str
     cpu: str
@@ -64,7 +63,6 @@ class Report:
     gpus: tuple[Gpu, ...]
     mlx: BackendStatus
     llamacpp: BackendStatus
-    choice: str
     advice: tuple[str, ...]
 
 
@@ -81,7 +79,6 @@ def report() -> Report:
         gpus=gpus,
         mlx=mlx,
         llamacpp=llamacpp,
-        choice=choose("auto").why,
         advice=tuple(advise(gpus, mlx, llamacpp, machine.instructions())),
     )
 
@@ -145,4 +142,4 @@ def advise(
 
 def _acceleration(backend: str, kind: int) -> str:
     names = {"HIP": "ROCm", "MTL": "Metal", "Metal": "Metal", "CUDA": "CUDA", "Vulkan": "Vulkan"}
-    return "CPU" if kind == 0 else names.get(backend, backend)
+    return names.get(backend, backend) if kind in GPU_KINDS else "CPU"

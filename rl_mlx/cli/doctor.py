@@ -8,6 +8,8 @@ import platform
 import signal
 import subprocess
 import sys
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import typer
 from rl_mlx import __version__
 from rl_mlx.cli.options import Json
 from rl_mlx.cli.terminal import print_json, size
+from rl_mlx.settings import load_settings
 
 NAME = "doctor"
 _PACKAGES = (
@@ -43,7 +46,12 @@ def command(json: Json = False) -> None:
 
 def examine() -> dict[str, Any]:
     """Everything that ``doctor`` says, as JSON types."""
-    hardware = probe()
+    from rl_mlx.backends.choice import choose
+    from rl_mlx.backends.llamacpp.options import in_force
+
+    settings = load_settings({})
+    chosen = {"choice": choose(settings).why, "options": in_force(settings)}
+    hardware = probe() | chosen
     return {
         "rl_mlx": __version__,
         "python": platform.python_version(),
@@ -80,7 +88,7 @@ def _dead(reason: str) -> dict[str, Any]:
         key: {"name": name, "available": False, "version": "", "devices": [], "reason": reason}
         for key, name in (("mlx", "mlx"), ("llamacpp", "llama.cpp"))
     }
-    return {**backends, "choice": "", "advice": ["pip install --force-reinstall rl-mlx"]}
+    return {**backends, "advice": ["pip install --force-reinstall rl-mlx"]}
 
 
 def _version(package: str) -> str | None:
@@ -140,6 +148,15 @@ def writable(path: Path) -> bool:
     return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
 
 
+def options_text(options: Mapping[str, Any], width: int = 96) -> str:
+    """Options as wrapped text, as they would be typed; empty where llama.cpp decides."""
+    words = []
+    for name, value in options.items():
+        parts = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        words.append(f"{name}={','.join(str(p).lower() for p in parts)}")
+    return textwrap.fill(" ".join(words), width, break_long_words=False, break_on_hyphens=False)
+
+
 def _print(found: dict[str, Any]) -> None:
     print(f"rl-mlx {found['rl_mlx']}, Python {found['python']} ({found['executable']})")
     print(found["system"])
@@ -154,10 +171,12 @@ def _print(found: dict[str, Any]) -> None:
         on = ", ".join(f"{d['acceleration']} ({d['description']})" for d in backend["devices"])
         state = f"works on {on}" if backend["available"] else f"does not work: {backend['reason']}"
         print(f"  {backend['name']:<12} {state}")
-    if hardware["choice"]:
-        print(f"  {'auto':<12} takes {hardware['choice']}")
+    print(f"  {'taken':<12} {hardware['choice']}")
     for line in hardware["advice"]:
         print(f"  advice: {line}")
+    if hardware["options"]:
+        print("\noptions of llama.cpp; change one by -O NAME=VALUE")
+        print(textwrap.indent(options_text(hardware["options"]), "  "))
     print("\npackages")
     for name, version in found["packages"].items():
         print(f"  {name:<16} {version or 'not installed'}")

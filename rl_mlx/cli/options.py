@@ -5,6 +5,7 @@ whole.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import wraps
@@ -12,6 +13,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from rl_mlx.errors import InvalidRequest
 from rl_mlx.settings import ModelSettings, load_settings
 from rl_mlx.types import SamplingParams
 
@@ -52,9 +54,39 @@ class ModelFlags:
         str | None, typer.Option(help="float32, float16 or bfloat16.", metavar="NAME")
     ] = None
 
+    gpu_layers: Annotated[
+        str | None,
+        typer.Option(help="llama.cpp: layers on the GPU: a number, all, auto.", metavar="N"),
+    ] = None
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option",
+            "-O",
+            help="One of the backend's own, such as threads=4; may be repeated.",
+            metavar="NAME=VALUE",
+        ),
+    ] = None
+
     def settings(self) -> ModelSettings:
         """All sources of settings together; raises ``InvalidRequest``."""
-        return load_settings(asdict(self))
+        flags = asdict(self)
+        texts = flags.pop("option") or []
+        layers = flags.pop("gpu_layers")
+        if layers is not None:
+            texts = [*texts, f"gpu_layers={layers}"]
+        return load_settings(flags | {"backend_options": dict(map(_option, texts))})
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """The name and value of ``NAME=VALUE``; a value that is no JSON is a text."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise InvalidRequest(f"--option takes NAME=VALUE, not {text!r}")
+    try:
+        return name.replace("-", "_"), json.loads(value)
+    except ValueError:
+        return name.replace("-", "_"), value
 
 
 @dataclass(frozen=True)

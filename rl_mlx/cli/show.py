@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from rl_mlx.cli.options import Json, Model
 from rl_mlx.cli.terminal import plain, print_json, size
 from rl_mlx.errors import InvalidRequest
+from rl_mlx.settings import load_settings
 
 if TYPE_CHECKING:
     from rl_mlx.convert.facts import Facts
@@ -26,6 +28,8 @@ def command(
 ) -> None:
     """Show what a model is and what it takes to run."""
     from rl_mlx.backends.choice import choose
+    from rl_mlx.backends.llamacpp.options import in_force
+    from rl_mlx.cli.doctor import options_text
     from rl_mlx.convert import inspect
     from rl_mlx.store import resolve
 
@@ -34,11 +38,15 @@ def command(
     files = resolve(model)
     found = inspect(files.path)
     length = context or found.context or 4096
+    settings = load_settings({})
+    choice = choose(settings)
+    options = in_force(settings) if choice.names[0] == "llama.cpp" else {}
     if json:
         more = {
             "name": files.name,
             "path": str(files.path),
-            "backend": choose("auto").names[0],
+            "backend": choice.names[0],
+            "options": options,
             "bits_per_weight": found.bits_per_weight,
             "memory": {"context": length, "bytes": found.memory(length)},
         }
@@ -46,7 +54,9 @@ def command(
         return
     for label, value in _rows(files.name, str(files.path), found, length):
         print(f"{label:<14} {plain(str(value))}")
-    print(f"{'backend':<14} {choose('auto').why}")
+    print(f"{'backend':<14} {choice.why}")
+    if options:
+        print(textwrap.indent(options_text(options, 80), " " * 15))
 
 
 def _rows(name: str, path: str, found: Facts, length: int) -> list[tuple[str, Any]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,8 @@ from rl_mlx.backends import open_backend
 from rl_mlx.backends.llamacpp import LlamaCppOptions
 from rl_mlx.backends.llamacpp import backend as module
 from rl_mlx.backends.llamacpp.backend import kv_types
-from rl_mlx.backends.llamacpp.model import ALL_LAYERS, KV, layer_counts
+from rl_mlx.backends.llamacpp.library import Library, open_library
+from rl_mlx.backends.llamacpp.model import ALL_LAYERS, KV, layer_counts, prepare
 from rl_mlx.errors import (
     BackendUnavailable,
     FormatError,
@@ -203,7 +207,8 @@ def test_nothing_is_printed(open_cpp: Any, ask: Any, capfd: pytest.CaptureFixtur
     [
         {"gpu_layers": -2}, {"gpu_layers": "some"}, {"threads": 0}, {"parallel": 0},
         {"parallel": 1000}, {"batch": True}, {"cache_type_k": "q3_k"}, {"rope_scaling": "su"},
-        {"numa": "yes"}, {"split_mode": "tensor"}, {"context": 5},
+        {"numa": "yes"}, {"split_mode": "tensor"}, {"context": 5}, {"mmap": "no"}, {"mlock": None},
+        {"rope_freq_base": "x"}, {"tensor_split": "1,x"}, {"tensor_split": [-1]}, {"unified": 1},
     ],
 )  # fmt: skip
 def test_bad_options_are_refused(options: dict[str, Any]) -> None:
@@ -225,28 +230,136 @@ def test_what_cannot_be_had_is_said(open_cpp: Any, stories: Path, shared: Path) 
         open_backend(ModelFiles("x", stories), settings)
 
 
-class Devices:
-    """A library that knows devices only; kind 0 is a CPU."""
+@pytest.mark.parametrize(
+    ("kinds", "has_gpu"), [((0,), False), ((0, 1), True), ((2, 0), True), ((3, 0), False)]
+)
+def test_what_counts_as_a_gpu(kinds: tuple[int, ...], has_gpu: bool) -> None:
+    """Of ``enum ggml_backend_dev_type``: 0 CPU, 1 GPU, 2 integrated GPU, 3 accelerator (BLAS)."""
+    library = object.__new__(Library)
+    devices = [("X", "", "", kind, 0, 0) for kind in kinds]
+    library.devices = lambda: iter(devices)  # type: ignore[method-assign]
+    assert library.has_gpu == has_gpu
 
-    def __init__(self, *kinds: int) -> None:
-        self._kinds = kinds
 
-    def devices(self) -> list[tuple[str, str, str, int, int, int]]:
-        return [("X", "", "", kind, 0, 0) for kind in self._kinds]
-
-
-def test_ever_fewer_layers_go_to_a_gpu_under_auto_only() -> None:
-    cpu, gpu = Devices(0), Devices(0, 1)
+def test_ever_fewer_layers_go_to_a_gpu_under_auto_only(stories: Path) -> None:
+    cpu, gpu = (SimpleNamespace(has_gpu=has) for has in (False, True))
 
     def counts(library: Any, layers: Any) -> list[int]:
-        return list(layer_counts(library, LlamaCppOptions(gpu_layers=layers)))
+        return list(layer_counts(library, LlamaCppOptions(gpu_layers=layers), stories))
 
     assert counts(cpu, "auto") == counts(cpu, "all") == [0]
     assert counts(gpu, "all") == [ALL_LAYERS]
     assert counts(gpu, 7) == counts(cpu, 7) == [7]
-    tried = counts(gpu, "auto")
-    assert tried == sorted(tried, reverse=True)
-    assert (tried[0], tried[-1]) == (ALL_LAYERS, 0)
+    assert counts(gpu, "auto") == [ALL_LAYERS, 4, 3, 2, 1, 0]  # of five
+
+
+REACHED: dict[str, tuple[Any, str, Any]] = {
+    "gpu_layers": (3, "n_gpu_layers", 3),
+    "split_mode": ("row", "split_mode", 2),
+    "main_gpu": (1, "main_gpu", 1),
+    "threads": (2, "n_threads", 2),
+    "threads_batch": (3, "n_threads_batch", 3),
+    "batch": (64, "n_ubatch", 64),
+    "parallel": (5, "n_seq_max", 5),
+    "unified": (True, "kv_unified", True),
+    "flash_attention": (True, "flash_attn_type", 1),
+    "cache_type_k": ("q8_0", "type_k", 8),
+    "cache_type_v": ("q4_0", "type_v", 2),
+    "rope_scaling": ("yarn", "rope_scaling_type", 2),
+    "rope_freq_base": (5000, "rope_freq_base", 5000),
+    "rope_freq_scale": ("0.25", "rope_freq_scale", 0.25),
+    "yarn_orig_context": (128, "yarn_orig_ctx", 128),
+    "mlock": (True, "load_mode", 3),
+    "mmap": (False, "load_mode", 0),
+}
+
+
+@pytest.fixture
+def passed(open_cpp: Any, shared: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``passed(**backend_options)``: what llama.cpp's own calls were given."""
+    api = open_library().api
+    given: dict[str, Any] = {}
+
+    def spy(name: str, params_at: int) -> None:
+        call = getattr(api, name)
+
+        def record(*arguments: Any) -> Any:
+            struct = arguments[params_at]
+            given.update((field, getattr(struct, field)) for field, _ in struct._fields_)
+            if name == "llama_model_load_from_file" and struct.tensor_split:
+                given["shares"] = struct.tensor_split[:3]
+            return call(*arguments)
+
+        monkeypatch.setattr(api, name, record)
+
+    spy("llama_model_load_from_file", 1)
+    spy("llama_init_from_model", 1)
+
+    def open_with(**options: Any) -> dict[str, Any]:
+        given.clear()
+        # Its heads are as long as a block of a quantized cache.
+        open_cpp(shared / "parity" / "llama3-rope.gguf", dtype=None, backend_options=options)
+        return given
+
+    return open_with
+
+
+def test_every_option_reaches_llamacpp(passed: Any) -> None:
+    defaults = dict(passed())
+    for option, (value, field, expected) in REACHED.items():
+        # A quantized cache of values has to have flash attention, which a CPU would not choose.
+        more = {"flash_attention": True} if option.startswith("cache_type") else {}
+        assert passed(**{option: value}, **more)[field] == expected, option
+        assert option in more or option == "threads" or defaults[field] != expected, option
+    assert passed(tensor_split="3,1")["shares"] == [3, 1, 0]
+    assert passed(tensor_split=[0.5, 0.25])["shares"] == [0.5, 0.25, 0]
+    batch = passed(batch=64)
+    assert batch["n_batch"] == batch["n_ubatch"] == 64
+    assert passed()["n_threads"] == 1  # what the fixture asks for
+    named = {*REACHED, "tensor_split", "numa", "rpc", "draft_tokens"}
+    assert named == {f.name for f in fields(LlamaCppOptions)}
+
+
+def test_threads_are_the_cores_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rl_mlx.backends.llamacpp.options.physical_cores", lambda: 6)
+    options = LlamaCppOptions().in_force()
+    assert (options["threads"], options["threads_batch"]) == (6, 6)
+    options = LlamaCppOptions(threads=2, threads_batch=4).in_force()
+    assert (options["threads"], options["threads_batch"]) == (2, 4)
+
+
+def test_numa_is_told_to_llamacpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    library: Any = SimpleNamespace(api=SimpleNamespace(llama_numa_init=told.append))
+    for name in ("distribute", "isolate", "numactl", "mirror"):
+        prepare(library, LlamaCppOptions(numa=name))
+    prepare(library, LlamaCppOptions())
+    assert told == [1, 2, 3, 4]
+
+
+def test_workers_are_made_devices_where_the_build_has_rpc() -> None:
+    """A library that was built with RPC, as far as that goes; the wheels are not."""
+    asked: list[bytes] = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)
+    def add_server(endpoint: bytes) -> int:
+        asked.append(endpoint)
+        return 0 if endpoint == b"nobody:1" else 7
+
+    registered: list[int] = []
+    api = SimpleNamespace(
+        ggml_backend_reg_by_name=lambda name: 1 if name == b"RPC" else None,
+        ggml_backend_reg_get_proc_address=lambda registry, name: (
+            ctypes.cast(add_server, ctypes.c_void_p).value
+        ),
+        ggml_backend_register=registered.append,
+    )
+    library: Any = SimpleNamespace(api=api, errors=lambda: "refused")
+    prepare(library, LlamaCppOptions(rpc="one:50052,two:50052"))  # type: ignore[arg-type]
+    assert asked == [b"one:50052", b"two:50052"]
+    assert registered == [7, 7]
+    with pytest.raises(BackendUnavailable, match="nobody:1: refused"):
+        prepare(library, LlamaCppOptions(rpc=("nobody:1",)))
 
 
 def test_a_full_gpu_means_fewer_layers_and_a_note(

@@ -15,6 +15,7 @@ from rl_mlx.backends.hardware import BackendStatus, Device, advise
 from rl_mlx.backends.llamacpp import library
 from rl_mlx.backends.machine import Gpu
 from rl_mlx.errors import BackendUnavailable, InvalidRequest
+from rl_mlx.settings import ModelSettings
 
 CPU = Device("CPU", "", "CPU", 1, 1)
 LLAMACPP = BackendStatus("llama.cpp", available=True, devices=(CPU,))
@@ -89,7 +90,6 @@ def test_other_advice() -> None:
 def test_the_report_is_whole() -> None:
     report = hardware.report()
     assert report.cores >= 1
-    assert report.choice
     for status in (report.mlx, report.llamacpp):
         assert status.available == (not status.reason)
         assert not status.available or (status.version and status.devices)
@@ -103,13 +103,16 @@ def test_the_report_is_whole() -> None:
 def test_the_choice(system: str, kind: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(platform, "machine", lambda: kind)
-    choice = choose("auto")
+    choice = choose(ModelSettings())
     assert choice.names[0] == first
     assert set(choice.names) == {"mlx", "llama.cpp"}
     assert choice.why.startswith(first)
-    assert choose("mlx").names == ("mlx",)
+    assert choose(ModelSettings(backend="mlx")).names == ("mlx",)
+    only = choose(ModelSettings(backend_options={"gpu_layers": 3}))
+    assert only.names == ("llama.cpp",)
+    assert "gpu_layers" in only.why
     with pytest.raises(InvalidRequest, match="known are auto"):
-        choose("tpu")
+        choose(ModelSettings(backend="tpu"))
 
 
 def test_a_library_that_cannot_be_used_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

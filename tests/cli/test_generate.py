@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rl_mlx.backends.llamacpp import LlamaCppOptions
 from rl_mlx.cli import terminal
 from rl_mlx.cli.main import main
 from rl_mlx.errors import ContextOverflow
@@ -23,6 +25,23 @@ def test_the_text_is_continued(loaded: Loaded, capsys: Capture) -> None:
     assert main(["generate", "some.gguf", "--prompt", "Once", "--temp", "0"]) == 0
     assert capsys.readouterr().out == "[Once] on\n"
     assert asked == [("some.gguf", ModelSettings())]
+
+
+def test_options_of_the_backend(loaded: Loaded, home: Path, capsys: Capture) -> None:
+    asked = loaded(lambda _: "x")
+    config = home / ".config" / "rl-mlx" / "config.toml"
+    config.parent.mkdir(parents=True)
+    config.write_text("[backend_options]\nthreads = 3\nbatch = 64\n")
+    flags = ["--gpu-layers", "20", "-O", "threads=4", "-O", "mlock=true", "-O", "tensor-split=3,1",
+             "--option", "rpc=one:1,two:2"]  # fmt: skip
+    assert main(["generate", "m", "-p", "x", *flags]) == 0
+    options = LlamaCppOptions.of(asked[0][1].backend_options)
+    assert options == LlamaCppOptions(
+        gpu_layers=20, threads=4, batch=64, mlock=True, tensor_split=(3, 1), rpc=("one:1", "two:2")
+    )
+    capsys.readouterr()
+    assert main(["generate", "m", "-p", "x", "-O", "threads"]) == 2
+    assert "--option takes NAME=VALUE, not 'threads'" in capsys.readouterr().err
 
 
 def test_ids(loaded: Loaded, capsys: Capture) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from rl_mlx.backends.llamacpp import LlamaCppOptions
 from rl_mlx.cli import doctor
 from rl_mlx.cli.main import main
 from rl_mlx.errors import ModelNotFound
@@ -84,6 +86,7 @@ def test_doctor(cached: Path, capsys: Capture) -> None:
     assert (stores["huggingface"]["models"], stores["huggingface"]["bytes"]) == (1, 1500)
     assert not stores["ollama"]["exists"]
     assert {row["what"]: row["writable"] for row in found["folders"]}["history"] is True
+    assert found["hardware"]["options"]["threads"] == found["hardware"]["cores"]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +104,26 @@ def test_doctor_outlives_what_it_looks_at(
     out = capsys.readouterr().out
     assert out.count("does not work: ") == 2
     assert reason in out
+
+
+def test_options_in_force_are_shown(
+    home: Path, model_file: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = home / ".config" / "rl-mlx" / "config.toml"
+    config.parent.mkdir(parents=True)
+    config.write_text("[backend_options]\nthreads = 7\ntensor_split = [3, 1]\n")
+    for command in (["doctor"], ["show", str(model_file)]):
+        assert main(command) == 0
+        words = capsys.readouterr().out.split()
+        shown = {name for name, equals, _ in (w.partition("=") for w in words) if equals}
+        assert shown >= {f.name for f in fields(LlamaCppOptions)}, command
+        assert {"threads=7", "tensor_split=3.0,1.0"} <= {*words}
+    config.write_text("[backend_options]\nthread = 7\n")
+    assert main(["show", str(model_file)]) == 2
+    assert "unknown option 'thread' of llama.cpp" in capsys.readouterr().err
+    config.write_text('backend = "llamacpp"\n')
+    assert main(["doctor"]) == 2
+    assert "unknown backend 'llamacpp'" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from rl_mlx.backends.base import Backend, Emit, Stats, default_context
 from rl_mlx.backends.llamacpp.draft import Drafter, DraftModel, Lookup
 from rl_mlx.backends.llamacpp.engine import Engine
 from rl_mlx.backends.llamacpp.exported import gguf_of
-from rl_mlx.backends.llamacpp.library import Library, open_library
+from rl_mlx.backends.llamacpp.library import GPU_KINDS, Library, open_library
 from rl_mlx.backends.llamacpp.model import KV, Context, Model, layer_counts, prepare
 from rl_mlx.backends.llamacpp.options import LlamaCppOptions
 from rl_mlx.backends.llamacpp.slots import Slots
@@ -66,7 +66,7 @@ class LlamaCppBackend(Backend):
         path = gguf_of(files.path)
         prepare(library, options)
         full: OutOfMemory | None = None
-        for layers in layer_counts(library, options):
+        for layers in layer_counts(library, options, path):
             try:
                 with ExitStack() as opened:
                     model = opened.enter_context(closing(Model(library, path, options, layers)))
@@ -255,7 +255,7 @@ def _drafter(
 def _info(
     library: Library, model: Model, files: ModelFiles, kv: KV, length: int, budget: int
 ) -> ModelInfo:
-    gpus = [f"{d[0]} ({d[1]})" for d in library.devices() if d[3] != 0]
+    gpus = [f"{d[0]} ({d[1]})" for d in library.devices() if d[3] in GPU_KINDS]
     return ModelInfo(
         name=files.name,
         path=str(files.path),

@@ -51,6 +51,7 @@ KV_BYTES = {
 ROPE_SCALING = {"none": 0, "linear": 1, "yarn": 2, "longrope": 3}
 SPLIT_MODES = {"none": 0, "layer": 1, "row": 2}
 NUMA = {"distribute": 1, "isolate": 2, "numactl": 3, "mirror": 4}
+GPU_KINDS = (1, 2)  # enum ggml_backend_dev_type: a GPU with its own memory, or with the host's
 _ERROR_LEVEL = 4  # enum ggml_log_level
 
 
@@ -80,7 +81,7 @@ class ModelParams(Structure):
 
 
 class ContextParams(Structure):
-    """``struct llama_context_params``; ``unnamed`` is one this program has no use for."""
+    """``struct llama_context_params``."""
 
     _fields_ = [
         ("n_ctx", c_uint32),
@@ -109,9 +110,9 @@ class ContextParams(Structure):
         ("cb_eval_user_data", c_void_p),
         ("type_k", c_int32),
         ("type_v", c_int32),
+        ("moe_cache_size", c_size_t),
         ("abort_callback", c_void_p),
         ("abort_callback_data", c_void_p),
-        ("unnamed", c_void_p),
         ("embeddings", c_bool),
         ("offload_kqv", c_bool),
         ("no_perf", c_bool),
@@ -243,9 +244,14 @@ class Library:
         self._log.clear()
         return "; ".join(line.strip() for line in text.splitlines() if line.strip())
 
+    @property
+    def has_gpu(self) -> bool:
+        """Whether a GPU can be used; accelerators of the CPU (BLAS, AMX) are none."""
+        return any(device[3] in GPU_KINDS for device in self.devices())
+
     def devices(self) -> Iterator[tuple[str, str, str, int, int, int]]:
-        """(name, description, backend, kind, free bytes, total bytes) of each device; kind 0 is a
-        CPU.
+        """(name, description, backend, kind, free bytes, total bytes) of each device; the kind is
+        one of ``GPU_KINDS`` or of the CPU.
         """
         api = self.api
         for index in range(api.ggml_backend_dev_count()):

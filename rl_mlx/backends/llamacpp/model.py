@@ -23,7 +23,7 @@ from rl_mlx.backends.llamacpp.library import (
     ModelParams,
 )
 from rl_mlx.backends.llamacpp.options import LlamaCppOptions
-from rl_mlx.backends.machine import physical_cores
+from rl_mlx.convert import inspect
 from rl_mlx.errors import (
     BackendUnavailable,
     EngineError,
@@ -251,16 +251,16 @@ def _model_params(library: Library, options: LlamaCppOptions, gpu_layers: int) -
 
 def _context_params(model: Model, options: LlamaCppOptions, kv: KV) -> ContextParams:
     params: ContextParams = model.library.api.llama_context_default_params()
-    params.n_threads = options.threads or physical_cores()
-    params.n_threads_batch = options.threads_batch or params.n_threads
+    threads = options.in_force()
+    params.n_threads, params.n_threads_batch = threads["threads"], threads["threads_batch"]
     params.type_k, params.type_v = KV_TYPES[kv.k], KV_TYPES[kv.v]
     params.flash_attn_type = -1 if options.flash_attention is None else int(options.flash_attention)
     if options.flash_attention is None and kv.k == kv.v == "f32":
         params.flash_attn_type = 0  # on a CPU it is half as fast over float32 as plain attention
     params.rope_scaling_type = ROPE_SCALING[options.rope_scaling] if options.rope_scaling else -1
-    params.rope_freq_base = options.rope_freq_base
-    params.rope_freq_scale = options.rope_freq_scale
-    params.yarn_orig_ctx = options.yarn_orig_context
+    params.rope_freq_base = options.rope_freq_base or 0  # of these, 0 is the model's own
+    params.rope_freq_scale = options.rope_freq_scale or 0
+    params.yarn_orig_ctx = options.yarn_orig_context or 0
     return params
 
 
@@ -272,17 +272,18 @@ def prepare(library: Library, options: LlamaCppOptions) -> None:
         _add_worker(library, endpoint)
 
 
-def layer_counts(library: Library, options: LlamaCppOptions) -> Iterator[int]:
-    """How many layers to put on the GPU: what was asked for, or under ``auto`` all, then ever
-    fewer.
+def layer_counts(library: Library, options: LlamaCppOptions, path: Path) -> Iterator[int]:
+    """How many layers of ``path`` to put on the GPU: what was asked for, or under ``auto`` all,
+    then ever fewer.
     """
     if isinstance(options.gpu_layers, int):
         yield options.gpu_layers
         return
-    has_gpu = any(device[3] != 0 for device in library.devices())
+    has_gpu = library.has_gpu
     yield ALL_LAYERS if has_gpu else 0
     if has_gpu and options.gpu_layers == "auto":
-        yield from (64, 48, 32, 24, 16, 8, 4, 0)
+        layers = inspect(path).layers or 64
+        yield from sorted({layers * eighths // 8 for eighths in range(8)}, reverse=True)
 
 
 def _add_worker(library: Library, endpoint: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from rl_mlx.backends.llamacpp.library import KV_TYPES, NUMA, ROPE_SCALING, SPLIT_MODES
+from rl_mlx.backends.machine import physical_cores
 from rl_mlx.errors import InvalidRequest
+from rl_mlx.settings import ModelSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +44,9 @@ class LlamaCppOptions:
     cache_type_k: str | None = None
     cache_type_v: str | None = None
     rope_scaling: str | None = None
-    rope_freq_base: float = 0.0
-    rope_freq_scale: float = 0.0
-    yarn_orig_context: int = 0
+    rope_freq_base: float | None = None
+    rope_freq_scale: float | None = None
+    yarn_orig_context: int | None = None
     mmap: bool = True
     mlock: bool = False
     numa: str | None = None
@@ -65,11 +68,24 @@ class LlamaCppOptions:
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise InvalidRequest(f"{name} must be one of {', '.join(known)}, not {value!r}")
-        for name in ("tensor_split", "rpc"):
+        for name, or_none in _SWITCHES.items():
             value = getattr(self, name)
-            object.__setattr__(
-                self, name, tuple(value.split(",") if isinstance(value, str) else value)
-            )
+            if not isinstance(value, bool) and not (or_none and value is None):
+                raise InvalidRequest(f"{name} must be true or false, not {value!r}")
+        for name in ("rope_freq_base", "rope_freq_scale"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else _number(name, value))
+        shares = (_number("tensor_split", share) for share in _parts(self.tensor_split))
+        object.__setattr__(self, "tensor_split", tuple(shares))
+        object.__setattr__(self, "rpc", tuple(str(worker) for worker in _parts(self.rpc)))
+
+    def in_force(self) -> dict[str, Any]:
+        """The options as they will be, with the threads of this machine; None where llama.cpp or
+        the model decides.
+        """
+        threads = self.threads or physical_cores()
+        batch = self.threads_batch or threads
+        return asdict(replace(self, threads=threads, threads_batch=batch))
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> LlamaCppOptions:
@@ -83,6 +99,15 @@ class LlamaCppOptions:
         return cls(**options)
 
 
+def in_force(settings: ModelSettings) -> dict[str, Any]:
+    """The options that ``settings`` and this machine make, for people to see; none where the
+    settings name another backend, whose options they then are.
+    """
+    if settings.backend not in {"auto", "llama.cpp"}:
+        return {}
+    return LlamaCppOptions.of(settings.backend_options).in_force()
+
+
 _MAX_SEQUENCES = 255  # LLAMA_MAX_SEQ less the one that logits and embeddings use
 _LOWEST = {
     "batch": 1,
@@ -91,7 +116,7 @@ _LOWEST = {
     "main_gpu": 0,
     "threads": 1,
     "threads_batch": 1,
-    "yarn_orig_context": 0,
+    "yarn_orig_context": 1,
 }
 _CHOICES: dict[str, Mapping[str, int]] = {
     "cache_type_k": KV_TYPES,
@@ -100,6 +125,27 @@ _CHOICES: dict[str, Mapping[str, int]] = {
     "split_mode": SPLIT_MODES,
     "numa": NUMA,
 }
+
+
+_SWITCHES = {"unified": True, "flash_attention": True, "mmap": False, "mlock": False}
+
+
+def _number(name: str, value: object) -> float:
+    """``value``, or the number that a text such as ``0.5`` is."""
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) else math.nan
+    except ValueError:
+        number = math.nan
+    if isinstance(value, bool) or not 0 <= number < math.inf:
+        raise InvalidRequest(f"{name} must be a number from 0 up, not {value!r}")
+    return number
+
+
+def _parts(value: object) -> Sequence[object]:
+    """What a text has between its commas; a list, or a single value, as it is."""
+    if isinstance(value, str):
+        return value.split(",")
+    return value if isinstance(value, (list, tuple)) else (value,)
 
 
 def _is_count(value: object, lowest: int) -> bool:
