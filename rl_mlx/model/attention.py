@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from rl_mlx.model.layers import FusedLinear, Linear, RMSNorm, SplitLinear
+from rl_mlx.model.layers import FusedLinear, Linear, Norm, SplitLinear
 from rl_mlx.model.plan import AttentionPlan
 from rl_mlx.model.rope import Rope
 from rl_mlx.model.step import Mask, Step
@@ -22,7 +22,7 @@ class Attention:
         qkv: FusedLinear | SplitLinear,
         out: Linear,
         rope: Rope | None,
-        norms: tuple[RMSNorm, RMSNorm] | None,
+        norms: tuple[Norm, Norm] | None,
         sinks: mx.array | None,
     ) -> None:
         self._layer = layer
@@ -38,9 +38,11 @@ class Attention:
         p = self._plan
         rows, length, _ = x.shape
         q, k, v = self._qkv(x)
+        if self._norms is not None and p.qk_norm_of == "width":
+            q, k = self._norms[0](q), self._norms[1](k)
         q = q.reshape(rows, length, p.heads, p.head_dim)
         k = k.reshape(rows, length, p.kv_heads, p.head_dim)
-        if self._norms is not None:
+        if self._norms is not None and p.qk_norm_of != "width":
             q, k = self._norms[0](q), self._norms[1](k)
         q, k = q.transpose(0, 2, 1, 3), k.transpose(0, 2, 1, 3)
         v = v.reshape(rows, length, p.kv_heads, p.head_dim).transpose(0, 2, 1, 3)

@@ -7,25 +7,29 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from rl_mlx.model.attention import Attention
-from rl_mlx.model.layers import Linear, Matrix, RMSNorm
-from rl_mlx.model.mlp import MLP, MoE
+from rl_mlx.model.layers import Linear, Matrix, Norm
+from rl_mlx.model.mlp import MLP, MoE, PlainMLP
 from rl_mlx.model.plan import CacheSpec, DecoderPlan, cache_specs
 from rl_mlx.model.shortconv import ShortConv
 from rl_mlx.model.step import Step
 
 
 class Block:
-    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``; Gemma norms the branches on their way out
-    too.
+    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``, or both from the same ``x``.
+
+    ``norms`` are those on the way into a branch, ``post_norms`` those on the way out.
     """
 
     def __init__(
         self,
+        plan: DecoderPlan,
         mixer: Attention | ShortConv,
-        mlp: MLP | MoE,
-        norms: tuple[RMSNorm, RMSNorm],
-        post_norms: tuple[RMSNorm, RMSNorm] | None,
+        mlp: MLP | PlainMLP | MoE,
+        norms: tuple[Norm | None, Norm | None],
+        post_norms: tuple[Norm | None, Norm | None],
     ) -> None:
+        self._parallel = plan.parallel
+        self._scale = plan.residual_scale
         self._mixer = mixer
         self._mlp = mlp
         self._norms = norms
@@ -33,14 +37,21 @@ class Block:
 
     def __call__(self, x: mx.array, step: Step) -> mx.array:
         """``[B, S, hidden]`` to the same."""
-        mixed = self._mixer(self._norms[0](x), step)
-        if self._post_norms is not None:
-            mixed = self._post_norms[0](mixed)
+        normed = _normed(self._norms[0], x)
+        mixed = self._added(self._mixer(normed, step), self._post_norms[0])
+        if self._parallel:
+            start = normed if self._norms[1] is None else self._norms[1](x)
+            return x + mixed + self._added(self._mlp(start), self._post_norms[1])
         x = x + mixed
-        fed = self._mlp(self._norms[1](x))
-        if self._post_norms is not None:
-            fed = self._post_norms[1](fed)
-        return x + fed
+        return x + self._added(self._mlp(_normed(self._norms[1], x)), self._post_norms[1])
+
+    def _added(self, branch: mx.array, norm: Norm | None) -> mx.array:
+        branch = _normed(norm, branch)
+        return branch if self._scale == 1.0 else branch * self._scale
+
+
+def _normed(norm: Norm | None, x: mx.array) -> mx.array:
+    return x if norm is None else norm(x)
 
 
 class Decoder:
@@ -51,9 +62,10 @@ class Decoder:
         plan: DecoderPlan,
         embedding: Matrix,
         blocks: Sequence[Block],
-        norm: RMSNorm,
+        norm: Norm,
         head: Linear,
         dtype: mx.Dtype,
+        positions: Matrix | None = None,
     ) -> None:
         self.plan = plan
         self.dtype = dtype
@@ -61,6 +73,7 @@ class Decoder:
         self._blocks = blocks
         self._norm = norm
         self._head = head
+        self._positions = positions
 
     @property
     def cache_specs(self) -> tuple[CacheSpec, ...]:
@@ -72,6 +85,9 @@ class Decoder:
         x = self._embedding.rows(tokens).astype(self.dtype)
         if self.plan.embed_scale != 1.0:
             x = x * mx.array(self.plan.embed_scale, self.dtype)
+        if self._positions is not None:
+            at = mx.array(step.offset).reshape(-1, 1) + mx.arange(tokens.shape[1])
+            x = x + self._positions.rows(at).astype(self.dtype)
         for block in self._blocks:
             x = block(x, step)
         return self._norm(x)
@@ -79,5 +95,7 @@ class Decoder:
     def head(self, hidden: mx.array) -> mx.array:
         """Logits ``[..., vocab]`` of hidden states ``[..., hidden]``."""
         logits = self._head(hidden)
+        if self.plan.logit_scale != 1.0:
+            logits = logits * self.plan.logit_scale
         cap = self.plan.logit_softcap
         return logits if cap is None else mx.tanh(logits / cap) * cap

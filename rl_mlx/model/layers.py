@@ -185,14 +185,40 @@ class RMSNorm:
         return mx.fast.rms_norm(x, self._weight, self._eps)
 
 
+class LayerNorm:
+    """Layer norm (Ba et al. 2016) over the last axis; ``weight`` ``[heads, dim]`` is one a head."""
+
+    def __init__(self, weight: mx.array, bias: mx.array | None, eps: float) -> None:
+        self._weight = weight
+        self._bias = bias
+        self._eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Of the same shape."""
+        if self._weight.ndim == 1:
+            return mx.fast.layer_norm(x, self._weight, self._bias, self._eps)
+        return mx.fast.layer_norm(x, None, None, self._eps) * self._weight
+
+
+Norm = RMSNorm | LayerNorm
+
+
 def gated(kind: Activation, gate: mx.array, up: mx.array) -> mx.array:
     """The gated activation of a feed-forward layer: ``f(gate) * up``."""
+    if kind == "swiglu_oai":  # gpt-oss: clamped, steeper, and up + 1
+        gate = mx.minimum(gate, 7.0)
+        return gate * mx.sigmoid(1.702 * gate) * (mx.clip(up, -7.0, 7.0) + 1)
+    return activated(kind, gate) * up
+
+
+def activated(kind: Activation, x: mx.array) -> mx.array:
+    """The activation of a feed-forward layer without a gate: ``f(x)``."""
     if kind == "silu":
-        return gate * mx.sigmoid(gate) * up
-    if kind == "gelu_tanh":
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)  # sqrt(2 / pi)
-        return 0.5 * gate * (1 + mx.tanh(inner)) * up
+        return x * mx.sigmoid(x)
+    if kind == "relu2":
+        return mx.square(mx.maximum(x, 0))
     if kind == "gelu":
-        return 0.5 * gate * (1 + mx.erf(gate / 1.4142135623730951)) * up
-    gate = mx.minimum(gate, 7.0)  # gpt-oss: clamped, steeper, and up + 1
-    return gate * mx.sigmoid(1.702 * gate) * (mx.clip(up, -7.0, 7.0) + 1)
+        return 0.5 * x * (1 + mx.erf(x / 1.4142135623730951))
+    assert kind == "gelu_tanh", f"{kind} needs a gate"
+    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)  # sqrt(2 / pi)
+    return 0.5 * x * (1 + mx.tanh(inner))

@@ -16,14 +16,16 @@ from rl_mlx.model.families import FAMILIES
 from rl_mlx.model.layers import (
     DenseMatrix,
     FusedLinear,
+    LayerNorm,
     Linear,
     Matrix,
+    Norm,
     QuantizedMatrix,
     RMSNorm,
     SplitLinear,
     laid_out,
 )
-from rl_mlx.model.mlp import MLP, ExpertLinear, MoE
+from rl_mlx.model.mlp import MLP, ExpertLinear, MoE, PlainMLP
 from rl_mlx.model.plan import AttentionPlan, ConvPlan, DecoderPlan, MLPPlan, MoEPlan
 from rl_mlx.model.rope import Rope
 from rl_mlx.model.shortconv import ShortConv
@@ -80,30 +82,33 @@ class _Builder:
 
     def decoder(self) -> Decoder:
         plan = self._plan
-        embedding = self._matrix("model.embed_tokens")
+        embedding = self._matrix(f"model.{plan.names.embedding}")
+        at = plan.names.positions
+        positions = self._matrix(f"model.{at}") if at else None
         blocks = [self._block(i) for i in range(len(plan.layers))]
         tied = plan.tied or "lm_head.weight" not in self._present
-        head = Linear(embedding if tied else self._matrix("lm_head"))
-        norm = self._norm(f"model.{plan.names.final_norm}")
-        return Decoder(plan, embedding, blocks, norm, head, self._dtype)
+        head = Linear(embedding) if tied else self._linear("lm_head", plan.head_bias)
+        norm = self._norm(f"model.{plan.names.final_norm}", plan.norm_bias)
+        return Decoder(plan, embedding, blocks, norm, head, self._dtype, positions)
 
     def _block(self, index: int) -> Block:
         names, layer = self._plan.names, self._plan.layers[index]
-        at = f"model.layers.{index}."
+        at = f"model.{names.layers}.{index}."
         if isinstance(layer.mixer, ConvPlan):
             mixer: Attention | ShortConv = self._conv(index, f"{at}conv.", layer.mixer)
         else:
             mixer = self._attention(index, f"{at}{names.attention}.", layer.mixer)
         at_mlp = f"{at}{names.mlp}."
         if isinstance(layer.mlp, MoEPlan):
-            mlp: MLP | MoE = self._moe(at_mlp, layer.mlp)
+            mlp: MLP | PlainMLP | MoE = self._moe(at_mlp, layer.mlp)
         else:
             mlp = self._mlp(at_mlp, layer.mlp)
-        post = None
-        if names.mixer_post_norm and names.mlp_post_norm:
-            post = self._norm(at + names.mixer_post_norm), self._norm(at + names.mlp_post_norm)
-        norms = self._norm(at + names.mixer_norm), self._norm(at + names.mlp_norm)
-        return Block(mixer, mlp, norms, post)
+        norms = self._optional_norm(at, names.mixer_norm), self._optional_norm(at, names.mlp_norm)
+        post_norms = (
+            self._optional_norm(at, names.mixer_post_norm),
+            self._optional_norm(at, names.mlp_post_norm),
+        )
+        return Block(self._plan, mixer, mlp, norms, post_norms)
 
     def _attention(self, index: int, at: str, plan: AttentionPlan) -> Attention:
         names = self._plan.names
@@ -111,7 +116,7 @@ class _Builder:
         if plan.fused_qkv:
             queries = plan.heads * plan.head_dim
             cuts = [queries, queries + plan.kv_heads * plan.head_dim]
-            qkv = SplitLinear(self._linear(f"{at}qkv_proj", plan.bias), cuts)
+            qkv = SplitLinear(self._linear(at + names.qkv, plan.bias), cuts)
         else:
             qkv = FusedLinear([self._linear(f"{at}{n}_proj", plan.bias) for n in "qkv"])
         rope = None
@@ -120,7 +125,10 @@ class _Builder:
             rope = Rope(plan.rope, self._array("rope_freqs.weight") if has_factors else None)
         norms = None
         if plan.qk_norm:
-            norms = self._norm(at + names.q_norm), self._norm(at + names.k_norm)
+            norms = (
+                self._norm(at + names.q_norm, has_bias=False),
+                self._norm(at + names.k_norm, has_bias=False),
+            )
         sinks = self._small(f"{at}sinks") if plan.sinks else None
         out = self._linear(at + names.out, plan.out_bias)
         return Attention(index, plan, qkv, out, rope, norms, sinks)
@@ -131,15 +139,18 @@ class _Builder:
         project = self._linear(f"{at}in_proj", plan.bias)
         return ShortConv(index, project, kernel, bias, self._linear(f"{at}out_proj", plan.bias))
 
-    def _mlp(self, at: str, plan: MLPPlan) -> MLP:
+    def _mlp(self, at: str, plan: MLPPlan) -> MLP | PlainMLP:
         names = self._plan.names
+        down = self._linear(at + names.down, plan.bias)
+        if not plan.gated:
+            return PlainMLP(plan, self._linear(at + names.up, plan.bias), down)
         gate_up: FusedLinear | SplitLinear
         if plan.fused_gate_up:
             gate_up = SplitLinear(self._linear(f"{at}gate_up_proj", plan.bias), [plan.inner])
         else:
             parts = [self._linear(at + n, plan.bias) for n in (names.gate, names.up)]
             gate_up = FusedLinear(parts)
-        return MLP(plan, gate_up, self._linear(at + names.down, plan.bias))
+        return MLP(plan, gate_up, down)
 
     def _moe(self, at: str, plan: MoEPlan) -> MoE:
         names = self._plan.names
@@ -158,9 +169,17 @@ class _Builder:
         bias = self._small(f"{name}.bias") if has_bias else None
         return Linear(self._matrix(name), bias)
 
-    def _norm(self, name: str) -> RMSNorm:
-        weight = self._array(f"{name}.weight") + self._plan.norm_offset
-        return RMSNorm(_evaluated(weight.astype(self._dtype)), self._plan.norm_eps)
+    def _optional_norm(self, at: str, name: str | None) -> Norm | None:
+        return None if name is None else self._norm(at + name, self._plan.norm_bias)
+
+    def _norm(self, name: str, has_bias: bool) -> Norm:
+        plan = self._plan
+        weight = self._array(f"{name}.weight") + plan.norm_offset
+        weight = _evaluated(weight.astype(self._dtype))
+        if plan.norm == "rms":
+            return RMSNorm(weight, plan.norm_eps)
+        bias = self._small(f"{name}.bias") if has_bias else None
+        return LayerNorm(weight, bias, plan.norm_eps)
 
     def _matrix(self, name: str) -> Matrix:
         tensor = self._load(f"{name}.weight")

@@ -1,14 +1,27 @@
-"""Feed-forward layers: gated, and mixtures of gated experts."""
+"""Feed-forward layers: gated ones, plain ones, and mixtures of gated experts."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 
-from rl_mlx.model.layers import FusedLinear, Linear, Matrix, SplitLinear, gated
+from rl_mlx.model.layers import FusedLinear, Linear, Matrix, SplitLinear, activated, gated
 from rl_mlx.model.plan import Activation, MLPPlan, MoEPlan
 
 # From this many token-expert pairs on sorting by expert pays: each matrix is read once.
 _SORT_FROM = 64
+
+
+class PlainMLP:
+    """``down(f(up(x)))``."""
+
+    def __init__(self, plan: MLPPlan, up: Linear, down: Linear) -> None:
+        self._activation: Activation = plan.activation
+        self._up = up
+        self._down = down
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``[B, S, hidden]`` to the same."""
+        return self._down(activated(self._activation, self._up(x)))
 
 
 class MLP:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Activation = Literal["silu", "gelu_tanh", "gelu", "swiglu_oai"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "swiglu_oai"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopePlan:
-    """Rotary embedding of the first ``dims`` of each head (Su et al. 2021), half-split layout.
+    """Rotary embedding of the first ``dims`` of each head (Su et al. 2021).
 
+    Pairs are ``(i, i + dims / 2)``, or ``(2i, 2i + 1)`` where ``interleaved``.
     ``periods`` (``dims / 2`` numbers, ``base ** (2i / dims)`` and scaled) stand in for ``base``
     where the frequencies are not geometric. ``scale`` multiplies positions, ``magnitude`` the
     rotated values (YaRN, LongRoPE).
@@ -22,11 +23,16 @@ class RopePlan:
     scale: float = 1.0
     periods: tuple[float, ...] | None = None
     magnitude: float = 1.0
+    interleaved: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPlan:
-    """Grouped-query attention of one layer. ``window`` counts the token itself too."""
+    """Grouped-query attention of one layer. ``window`` counts the token itself too.
+
+    ``qk_norm``: queries and keys are normed before rope, each head by the same weights, each by
+    ``own`` ones, or all heads as one vector (``width``).
+    """
 
     heads: int
     kv_heads: int
@@ -36,6 +42,7 @@ class AttentionPlan:
     window: int | None = None
     softcap: float | None = None
     qk_norm: bool = False
+    qk_norm_of: Literal["head", "own", "width"] = "head"
     sinks: bool = False
     bias: bool = False
     out_bias: bool = False
@@ -52,11 +59,14 @@ class ConvPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class MLPPlan:
-    """A gated feed-forward layer of width ``inner``."""
+    """A feed-forward layer of width ``inner``: ``down(f(gate(x)) * up(x))``, or ``down(f(up(x)))``
+    where it is not ``gated``.
+    """
 
     inner: int
     activation: Activation = "silu"
     bias: bool = False
+    gated: bool = True
     fused_gate_up: bool = False
 
 
@@ -79,16 +89,17 @@ class MoEPlan:
 @dataclass(frozen=True, kw_only=True)
 class Names:
     """Where a family's tensors lie below ``model.layers.N.`` (canonical names, see
-    ``convert/weights.py``).
+    ``convert/weights.py``); None where there is no such norm. The last ones lie below ``model.``.
     """
 
     attention: str = "self_attn"
+    qkv: str = "qkv_proj"
     out: str = "o_proj"
     q_norm: str = "q_norm"
     k_norm: str = "k_norm"
-    mixer_norm: str = "input_layernorm"
+    mixer_norm: str | None = "input_layernorm"
     mlp: str = "mlp"
-    mlp_norm: str = "post_attention_layernorm"
+    mlp_norm: str | None = "post_attention_layernorm"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
@@ -96,6 +107,9 @@ class Names:
     experts: str = "switch_mlp"
     mixer_post_norm: str | None = None
     mlp_post_norm: str | None = None
+    embedding: str = "embed_tokens"
+    positions: str | None = None
+    layers: str = "layers"
     final_norm: str = "norm"
 
 
@@ -109,7 +123,13 @@ class LayerPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderPlan:
-    """A decoder. ``norm_offset`` is added to every RMSNorm weight (1 for Gemma)."""
+    """A decoder.
+
+    Norms are RMSNorms or LayerNorms (``norm``), with biases or without; ``norm_offset`` is added to
+    their weights (1 for Gemma). ``parallel``: both branches of a block start from its input, and
+    share a norm where the second has none. ``embed_scale``, ``residual_scale`` and ``logit_scale``
+    multiply embeddings, what a branch adds, and logits.
+    """
 
     hidden: int
     vocab: int
@@ -117,9 +137,15 @@ class DecoderPlan:
     layers: tuple[LayerPlan, ...]
     norm_eps: float
     names: Names = Names()
+    norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = False
     norm_offset: float = 0.0
+    parallel: bool = False
     embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
     logit_softcap: float | None = None
+    head_bias: bool = False
     tied: bool = False
 
 

@@ -162,7 +162,7 @@ class Rope:
         return mx.fast.rope(
             x,
             p.dims,
-            traditional=False,
+            traditional=p.interleaved,
             base=p.base if self._periods is None else None,
             scale=p.scale,
             offset=offset,

@@ -17,6 +17,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "gelu": "gelu",
+    "relu2": "relu2",
 }
 
 
@@ -38,9 +39,10 @@ def attention(config: Config, context: int, layer: int, **overrides: Any) -> Att
         "kv_heads": int(config.get("num_key_value_heads") or heads),
         "head_dim": head_dim,
         "scale": head_dim**-0.5,
-        "rope": overrides.pop("rope", None) or rope_plan(config, head_dim, context, kind),
         "window": window(config, layer),
     }
+    if "rope" not in overrides:
+        common["rope"] = rope_plan(config, head_dim, context, kind)
     return AttentionPlan(**{**common, **overrides})
 
 
