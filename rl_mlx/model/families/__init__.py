@@ -8,7 +8,26 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from rl_mlx.model.families import gemma, gpt_oss, lfm2, llama, mixtral, phi3, qwen
+from rl_mlx.model.families import (
+    cohere,
+    ernie,
+    exaone,
+    gemma,
+    glm,
+    gpt_oss,
+    granite,
+    lfm2,
+    llama,
+    mixtral,
+    nemotron,
+    olmo,
+    phi,
+    phi3,
+    qwen,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from rl_mlx.model.plan import DecoderPlan
 
 Planner = Callable[[Mapping[str, Any], int], DecoderPlan]
@@ -22,10 +41,24 @@ FAMILIES: Mapping[str, Planner] = MappingProxyType(
         "qwen2": qwen.plan_qwen2,
         "qwen3": qwen.plan_qwen3,
         "qwen3_moe": qwen.plan_qwen3_moe,
+        "gemma": gemma.plan_gemma,
         "gemma2": gemma.plan_gemma2,
         "gemma3_text": gemma.plan_gemma3,
         "phi3": phi3.plan,
         "gpt_oss": gpt_oss.plan,
         "lfm2": lfm2.plan,
+        "cohere": cohere.plan_cohere,
+        "cohere2": cohere.plan_cohere2,
+        "ernie4_5": ernie.plan,
+        "exaone4": exaone.plan,
+        "glm4": glm.plan,
+        "granite": granite.plan,
+        "nemotron": nemotron.plan,
+        "olmo2": olmo.plan,
+        "olmo3": olmo.plan,
+        "phi": phi.plan,
+        "smollm3": smollm3.plan,
+        "stablelm": stablelm.plan,
+        "starcoder2": starcoder2.plan,
     }
 )

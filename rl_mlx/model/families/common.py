@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from rl_mlx.errors import UnsupportedModel
@@ -23,14 +24,20 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 def activation(config: Config) -> Activation:
     """The gated layers' activation; Gemma's configs name it twice, and the second counts."""
-    name = config.get("hidden_activation") or config.get("hidden_act") or "silu"
+    named = ("hidden_activation", "hidden_act", "activation_function")
+    name = next((config[key] for key in named if config.get(key)), "silu")
     if name not in _ACTIVATIONS:
         raise UnsupportedModel(f"activation {name!r} is not supported by the MLX backend")
     return _ACTIVATIONS[name]
 
 
-def attention(config: Config, context: int, layer: int, **overrides: Any) -> AttentionPlan:
-    """The attention of layer ``layer``, with what the config commonly says; ``overrides`` win."""
+def attention(
+    config: Config, context: int, layer: int, *, interleaved: bool = False, **overrides: Any
+) -> AttentionPlan:
+    """The attention of layer ``layer``, with what the config commonly says; ``overrides`` win.
+
+    ``interleaved``: rope turns pairs of neighbours.
+    """
     heads = int(config["num_attention_heads"])
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
     kind = layer_type(config, layer)
@@ -42,7 +49,8 @@ def attention(config: Config, context: int, layer: int, **overrides: Any) -> Att
         "window": window(config, layer),
     }
     if "rope" not in overrides:
-        common["rope"] = rope_plan(config, head_dim, context, kind)
+        rope = rope_plan(config, head_dim, context, kind)
+        common["rope"] = replace(rope, interleaved=interleaved)
     return AttentionPlan(**{**common, **overrides})
 
 

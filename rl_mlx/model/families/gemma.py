@@ -1,4 +1,4 @@
-"""Gemma 2 and 3 (text)."""
+"""Gemma 1, 2 and 3 (text)."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ def _layer_types(config: Config, period: int) -> list[str]:
     )
 
 
-def _decoder(config: Config, context: int, layers: tuple[LayerPlan, ...]) -> DecoderPlan:
+def _decoder(
+    config: Config, context: int, layers: tuple[LayerPlan, ...], names: Names = _NAMES
+) -> DecoderPlan:
     tied = bool(config.get("tie_word_embeddings", True))
     return DecoderPlan(
         layers=layers,
-        names=_NAMES,
+        names=names,
         norm_offset=1.0,
         embed_scale=config["hidden_size"] ** 0.5,
         logit_softcap=config.get("final_logit_softcapping"),
@@ -41,6 +43,15 @@ def _decoder(config: Config, context: int, layers: tuple[LayerPlan, ...]) -> Dec
 
 def _scale(config: Config) -> float:
     return 1 / math.sqrt(config.get("query_pre_attn_scalar") or 256)
+
+
+def plan_gemma(config: Config, context: int) -> DecoderPlan:
+    """Llama with GELU (whichever form a config names), wide heads, and scaled embeddings."""
+    layers = tuple(
+        LayerPlan(mixer=attention(config, context, i), mlp=mlp(config, activation="gelu_tanh"))
+        for i in range(config["num_hidden_layers"])
+    )
+    return _decoder(config, context, layers, Names())
 
 
 def plan_gemma2(config: Config, context: int) -> DecoderPlan:

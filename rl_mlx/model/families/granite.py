@@ -1,0 +1,31 @@
+"""Granite 3: Llama with multipliers on embeddings, scores, branches and logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rl_mlx.model.families.common import Config, attention, base, mlp
+from rl_mlx.model.plan import DecoderPlan, LayerPlan
+
+
+def plan(config: Config, context: int) -> DecoderPlan:
+    """``logits_scaling`` divides, the other three multiply."""
+    bias = bool(config.get("attention_bias", False))
+    scale = float(config.get("attention_multiplier", 1.0))
+    layers = tuple(
+        LayerPlan(
+            mixer=attention(config, context, i, scale=scale, bias=bias, out_bias=bias),
+            mlp=mlp(config, bias=bool(config.get("mlp_bias", False))),
+        )
+        for i in range(config["num_hidden_layers"])
+    )
+    return DecoderPlan(layers=layers, **multipliers(config), **base(config, context))
+
+
+def multipliers(config: Config) -> dict[str, Any]:
+    """What Granite's decoders of all kinds multiply by, as fields of ``DecoderPlan``."""
+    return {
+        "embed_scale": float(config.get("embedding_multiplier", 1.0)),
+        "residual_scale": float(config.get("residual_multiplier", 1.0)),
+        "logit_scale": 1 / float(config.get("logits_scaling", 1.0)),
+    }
