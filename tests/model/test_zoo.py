@@ -18,19 +18,19 @@ from rl_mlx.model.zoo import load_zoo
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    mlx_lm_models = pytest.importorskip("mlx_lm.models.starcoder2")
+    mlx_lm_models = pytest.importorskip("mlx_lm.models.helium")
 
 CONFIG = {
-    "model_type": "starcoder2", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 96,
+    "model_type": "helium", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 96,
     "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "norm_epsilon": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 512, "head_dim": 16,
+    "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True,
 }  # fmt: skip
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A tiny StarCoder 2 with random weights, and its logits without a cache."""
+    """A tiny Helium with random weights, and its logits without a cache."""
     mx.random.seed(3)
     model = mlx_lm_models.Model(mlx_lm_models.ModelArgs.from_dict(CONFIG))
     mx.eval(model.parameters())
