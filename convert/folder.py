@@ -14,9 +14,11 @@ import numpy as np
 
 from rl_mlx.convert import floats, layout
 from rl_mlx.convert.hfconfig import bilingual
+from rl_mlx.convert.lazy import Array, Arrays, Lazy
 from rl_mlx.convert.prequantized import plain, with_settings
 from rl_mlx.convert.safetensors import SafetensorsFile
-from rl_mlx.convert.sanitize import Array, Arrays, Lazy, sanitize
+from rl_mlx.convert.sanitize import sanitize
+from rl_mlx.convert.shapes import Shape
 from rl_mlx.convert.weights import Dense, FloatType, Mode, Packed, Tensor, Weights
 from rl_mlx.errors import FormatError, ModelNotFound, UnsupportedModel
 
@@ -266,7 +268,7 @@ def _quant_method(config: Mapping[str, Any]) -> str | None:
 
 
 def _packings(
-    config: Mapping[str, Any], arrays: Arrays, expected: Mapping[str, layout.Shape]
+    config: Mapping[str, Any], arrays: Arrays, expected: Mapping[str, Shape]
 ) -> dict[str, _Packing]:
     """How each packed module is packed; a module is packed where it has scales and words."""
     settings = config.get("quantization") or {}
@@ -285,7 +287,7 @@ def _packings(
 
 
 def _packing_of(
-    settings: Mapping[str, Any], module: str, weight: Lazy, scales: Lazy, shape: layout.Shape | None
+    settings: Mapping[str, Any], module: str, weight: Lazy, scales: Lazy, shape: Shape | None
 ) -> _Packing | None:
     """The module's own setting, else what its shape says, else the setting of all."""
     own = settings.get(module)

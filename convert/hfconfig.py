@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from rl_mlx.convert.families import FAMILIES
 from rl_mlx.convert.layout import knows
 
 _ROPE_ONLY = ("rope_theta", "partial_rotary_factor")
@@ -90,7 +91,9 @@ def _sizes(config: dict[str, Any]) -> None:
     if experts is not None:
         config.setdefault("num_experts", experts)
         config.setdefault("num_local_experts", experts)
-    for key, value in _DEFAULTS.get(config["model_type"], {}).items():
+    family = FAMILIES.get(config["model_type"])
+    defaults = family.defaults if family else _DEFAULTS.get(config["model_type"], {})
+    for key, value in defaults.items():
         config.setdefault(key, value)
     if config["model_type"] == "lfm2":
         config.setdefault("intermediate_size", config.get("block_ff_dim"))

@@ -6,21 +6,30 @@ A file is checked against it before a tensor is read. The names are those of mlx
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
+from rl_mlx.convert.families import FAMILIES
+from rl_mlx.convert.shapes import (
+    Config,
+    Shape,
+    Shapes,
+    Sizes,
+    attention,
+    experts,
+    head_norms,
+    linear,
+    mlp,
+    norms,
+    pre_norms,
+    size,
+)
 from rl_mlx.errors import FormatError
-
-Config = Mapping[str, Any]
-Shape = tuple[int, ...]
-Shapes = dict[str, Shape]
 
 
 def knows(config: Config) -> bool:
     """Whether the family of ``config`` is one whose tensors are known here."""
-    return config.get("model_type") in _BLOCKS
+    return config.get("model_type") in _BLOCKS or config.get("model_type") in FAMILIES
 
 
 def layout(config: Config, tensors: int) -> Shapes:
@@ -29,21 +38,29 @@ def layout(config: Config, tensors: int) -> Shapes:
     ``config`` is of a family that ``knows`` knows; ``tensors`` are as many as the file has, of
     which every layer needs some. Raises ``FormatError`` where a size is missing or is none.
     """
-    sizes = Sizes.of(config)
-    if sizes.layers > tensors:
-        raise FormatError(f"{sizes.layers} layers are not in {tensors} tensors; download it again")
+    layers, hidden, vocab = (
+        size(config, key) for key in ("num_hidden_layers", "hidden_size", "vocab_size")
+    )
+    if layers > tensors:
+        raise FormatError(f"{layers} layers are not in {tensors} tensors; download it again")
     types = config.get("layer_types")
-    if types is not None and (not isinstance(types, list) or len(types) != sizes.layers):
-        raise FormatError(f"'layer_types' of the configuration must name {sizes.layers} layers")
-    block = _BLOCKS[config["model_type"]]
+    if types is not None and (not isinstance(types, list) or len(types) != layers):
+        raise FormatError(f"'layer_types' of the configuration must name {layers} layers")
     final = "embedding_norm" if config["model_type"] == "lfm2" else "norm"
-    shapes: Shapes = {"model.embed_tokens.weight": (sizes.vocab, sizes.hidden)}
-    for i in range(sizes.layers):
-        shapes |= {f"model.layers.{i}.{name}": s for name, s in block(config, sizes, i).items()}
-    shapes[f"model.{final}.weight"] = (sizes.hidden,)
+    shapes: Shapes = {"model.embed_tokens.weight": (vocab, hidden)}
+    for i in range(layers):
+        shapes |= {f"model.layers.{i}.{name}": s for name, s in _block(config, i).items()}
+    shapes[f"model.{final}.weight"] = (hidden,)
     if not config.get("tie_word_embeddings", False):
-        shapes["lm_head.weight"] = (sizes.vocab, sizes.hidden)
+        shapes["lm_head.weight"] = (vocab, hidden)
     return shapes
+
+
+def _block(config: Config, layer: int) -> Shapes:
+    family = FAMILIES.get(config["model_type"])
+    if family is not None:
+        return family.block(config, layer)
+    return _BLOCKS[config["model_type"]](config, Sizes.of(config), layer)
 
 
 def check(path: Path, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
@@ -67,174 +84,90 @@ def check(path: Path, expected: Mapping[str, Shape], found: Mapping[str, Shape])
             )
 
 
-def size(config: Config, key: str) -> int:
-    """A positive whole number of ``config``; ``FormatError`` where it is none."""
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
-        found = "is missing" if value is None else f"cannot be {value!r}"
-        raise FormatError(f"{key!r} of the model's configuration {found}")
-    return value
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes that every family has. ``inner`` is the width of a dense feed-forward layer."""
-
-    vocab: int
-    hidden: int
-    layers: int
-    inner: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-    @classmethod
-    def of(cls, config: Config) -> Sizes:
-        """Read them, with the field's defaults. Raises ``FormatError`` where one is missing."""
-        heads, hidden = size(config, "num_attention_heads"), size(config, "hidden_size")
-        has = {key for key in ("num_key_value_heads", "head_dim") if config.get(key) is not None}
-        return cls(
-            vocab=size(config, "vocab_size"),
-            hidden=hidden,
-            layers=size(config, "num_hidden_layers"),
-            inner=size(config, "intermediate_size"),
-            heads=heads,
-            kv_heads=size(config, "num_key_value_heads") if "num_key_value_heads" in has else heads,
-            head_dim=size(config, "head_dim") if "head_dim" in has else hidden // heads,
-        )
-
-
-def _linear(name: str, *shape: int, bias: bool = False) -> Shapes:
-    shapes: Shapes = {f"{name}.weight": shape}
-    if bias:
-        shapes[f"{name}.bias"] = shape[:-1]
-    return shapes
-
-
-def _norms(width: int, *names: str) -> Shapes:
-    return {f"{name}.weight": (width,) for name in names}
-
-
-def _attention(
-    s: Sizes, *, bias: bool = False, out_bias: bool = False, out: str = "o_proj"
-) -> Shapes:
-    queries, keys = s.heads * s.head_dim, s.kv_heads * s.head_dim
-    return (
-        _linear("self_attn.q_proj", queries, s.hidden, bias=bias)
-        | _linear("self_attn.k_proj", keys, s.hidden, bias=bias)
-        | _linear("self_attn.v_proj", keys, s.hidden, bias=bias)
-        | _linear(f"self_attn.{out}", s.hidden, queries, bias=out_bias)
-    )
-
-
-def _mlp(s: Sizes, *, bias: bool = False) -> Shapes:
-    return (
-        _linear("mlp.gate_proj", s.inner, s.hidden, bias=bias)
-        | _linear("mlp.up_proj", s.inner, s.hidden, bias=bias)
-        | _linear("mlp.down_proj", s.hidden, s.inner, bias=bias)
-    )
-
-
-def _experts(at: str, experts: int, inner: int, hidden: int, *, bias: bool = False) -> Shapes:
-    return (
-        _linear(f"{at}.gate_proj", experts, inner, hidden, bias=bias)
-        | _linear(f"{at}.up_proj", experts, inner, hidden, bias=bias)
-        | _linear(f"{at}.down_proj", experts, hidden, inner, bias=bias)
-    )
-
-
-def _pre_norms(s: Sizes) -> Shapes:
-    return _norms(s.hidden, "input_layernorm", "post_attention_layernorm")
-
-
-def _head_norms(s: Sizes) -> Shapes:
-    return _norms(s.head_dim, "self_attn.q_norm", "self_attn.k_norm")
-
-
 def _llama(config: Config, s: Sizes, _: int) -> Shapes:
     bias = bool(config.get("attention_bias"))
-    mlp = _mlp(s, bias=bool(config.get("mlp_bias")))
-    return _pre_norms(s) | _attention(s, bias=bias, out_bias=bias) | mlp
+    feed = mlp(s, bias=bool(config.get("mlp_bias")))
+    return pre_norms(s) | attention(s, bias=bias, out_bias=bias) | feed
 
 
 def _mixtral(config: Config, s: Sizes, _: int) -> Shapes:
-    experts = size(config, "num_local_experts")
+    count = size(config, "num_local_experts")
     return (
-        _pre_norms(s)
-        | _attention(s)
-        | _linear("block_sparse_moe.gate", experts, s.hidden)
-        | _experts("block_sparse_moe.switch_mlp", experts, s.inner, s.hidden)
+        pre_norms(s)
+        | attention(s)
+        | linear("block_sparse_moe.gate", count, s.hidden)
+        | experts("block_sparse_moe.switch_mlp", count, s.inner, s.hidden)
     )
 
 
 def _qwen2(_config: Config, s: Sizes, _: int) -> Shapes:
-    return _pre_norms(s) | _attention(s, bias=True) | _mlp(s)
+    return pre_norms(s) | attention(s, bias=True) | mlp(s)
 
 
 def _qwen3(config: Config, s: Sizes, i: int) -> Shapes:
-    return _llama(config, s, i) | _head_norms(s)
+    return _llama(config, s, i) | head_norms(s)
 
 
 def _qwen3_moe(config: Config, s: Sizes, i: int) -> Shapes:
     bias = bool(config.get("attention_bias"))
-    shapes = _pre_norms(s) | _attention(s, bias=bias, out_bias=bias) | _head_norms(s)
+    shapes = pre_norms(s) | attention(s, bias=bias, out_bias=bias) | head_norms(s)
     step = config.get("decoder_sparse_step") or 1
     if i in (config.get("mlp_only_layers") or ()) or (i + 1) % step:
-        return shapes | _mlp(s)
-    experts = size(config, "num_experts")
+        return shapes | mlp(s)
+    count = size(config, "num_experts")
     inner = size(config, "moe_intermediate_size")
-    gate = _linear("mlp.gate", experts, s.hidden)
-    return shapes | gate | _experts("mlp.switch_mlp", experts, inner, s.hidden)
+    gate = linear("mlp.gate", count, s.hidden)
+    return shapes | gate | experts("mlp.switch_mlp", count, inner, s.hidden)
 
 
 def _gemma2(config: Config, s: Sizes, i: int) -> Shapes:
-    more = _norms(s.hidden, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    more = norms(s.hidden, "pre_feedforward_layernorm", "post_feedforward_layernorm")
     return _llama(config, s, i) | more
 
 
 def _gemma3(config: Config, s: Sizes, i: int) -> Shapes:
-    return _gemma2(config, s, i) | _head_norms(s)
+    return _gemma2(config, s, i) | head_norms(s)
 
 
 def _phi3(_config: Config, s: Sizes, _: int) -> Shapes:
     queries, keys = s.heads * s.head_dim, s.kv_heads * s.head_dim
     return (
-        _pre_norms(s)
-        | _linear("self_attn.qkv_proj", queries + 2 * keys, s.hidden)
-        | _linear("self_attn.o_proj", s.hidden, queries)
-        | _linear("mlp.gate_up_proj", 2 * s.inner, s.hidden)
-        | _linear("mlp.down_proj", s.hidden, s.inner)
+        pre_norms(s)
+        | linear("self_attn.qkv_proj", queries + 2 * keys, s.hidden)
+        | linear("self_attn.o_proj", s.hidden, queries)
+        | linear("mlp.gate_up_proj", 2 * s.inner, s.hidden)
+        | linear("mlp.down_proj", s.hidden, s.inner)
     )
 
 
 def _gpt_oss(config: Config, s: Sizes, _: int) -> Shapes:
-    experts = size(config, "num_local_experts")
+    count = size(config, "num_local_experts")
     return (
-        _pre_norms(s)
-        | _attention(s, bias=True, out_bias=True)
+        pre_norms(s)
+        | attention(s, bias=True, out_bias=True)
         | {"self_attn.sinks": (s.heads,)}
-        | _linear("mlp.router", experts, s.hidden, bias=True)
-        | _experts("mlp.experts", experts, s.inner, s.hidden, bias=True)
+        | linear("mlp.router", count, s.hidden, bias=True)
+        | experts("mlp.experts", count, s.inner, s.hidden, bias=True)
     )
 
 
 def _lfm2(config: Config, s: Sizes, i: int) -> Shapes:
     inner = feed_forward_width(config)
     shapes = (
-        _norms(s.hidden, "operator_norm", "ffn_norm")
-        | _linear("feed_forward.w1", inner, s.hidden)
-        | _linear("feed_forward.w3", inner, s.hidden)
-        | _linear("feed_forward.w2", s.hidden, inner)
+        norms(s.hidden, "operator_norm", "ffn_norm")
+        | linear("feed_forward.w1", inner, s.hidden)
+        | linear("feed_forward.w3", inner, s.hidden)
+        | linear("feed_forward.w2", s.hidden, inner)
     )
     if config["layer_types"][i] == "full_attention":
-        norms = _norms(s.head_dim, "self_attn.q_layernorm", "self_attn.k_layernorm")
-        return shapes | _attention(s, out="out_proj") | norms
+        of_heads = norms(s.head_dim, "self_attn.q_layernorm", "self_attn.k_layernorm")
+        return shapes | attention(s, out="out_proj") | of_heads
     bias, taps = bool(config.get("conv_bias")), size(config, "conv_L_cache")
     kernel: Shapes = {"conv.conv.weight": (s.hidden, taps, 1)}
     if bias:
         kernel["conv.conv.bias"] = (s.hidden,)
-    projections = _linear("conv.in_proj", 3 * s.hidden, s.hidden, bias=bias)
-    return shapes | kernel | projections | _linear("conv.out_proj", s.hidden, s.hidden, bias=bias)
+    projections = linear("conv.in_proj", 3 * s.hidden, s.hidden, bias=bias)
+    return shapes | kernel | projections | linear("conv.out_proj", s.hidden, s.hidden, bias=bias)
 
 
 def feed_forward_width(config: Config) -> int:
@@ -247,8 +180,7 @@ def feed_forward_width(config: Config) -> int:
     return multiple * -(-inner // multiple)
 
 
-_Block = Callable[[Config, Sizes, int], Shapes]
-_BLOCKS: Mapping[str, _Block] = MappingProxyType(
+_BLOCKS: Mapping[str, Callable[[Config, Sizes, int], Shapes]] = MappingProxyType(
     {
         "llama": _llama,
         "mistral": _llama,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from rl_mlx.convert.families import FAMILIES
+from rl_mlx.convert.gguf.keys import Keys
 from rl_mlx.convert.gguf.reader import GGUFFile
-from rl_mlx.convert.gguf.rope import rope_parameters, short
+from rl_mlx.convert.gguf.rope import rope_parameters
 from rl_mlx.convert.hfconfig import bilingual, layer_types
 from rl_mlx.errors import FormatError, UnsupportedModel
 
@@ -27,77 +28,25 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
     if kind != "model":
         raise FormatError(f"{file.paths[0]}: of the type {kind!r}, which is no model by itself")
     arch = file.str("general.architecture")
-    if arch not in _ARCHITECTURES:
+    readers = {**_ARCHITECTURES, **{f.architecture: (n, f.read) for n, f in FAMILIES.items()}}
+    if arch not in readers:
         raise UnsupportedModel(
             f"{file.paths[0]}: architecture {arch!r} is not supported on MLX; "
             "try --backend llama.cpp"
         )
-    name, fields = _ARCHITECTURES[arch]
-    keys = _Keys(file, arch)
+    name, fields = readers[arch]
+    keys = Keys(file, arch)
     config = _common(keys) | {"model_type": name} | fields(keys)
-    config["architectures"] = [_CLASSES[config["model_type"]]]
+    config["architectures"] = [_class_name(config["model_type"])]
     return bilingual(config)
 
 
-class _Keys:
-    """The keys of one architecture, without its prefix, and sizes that much follows from."""
-
-    def __init__(self, file: GGUFFile, arch: str) -> None:
-        self.file = file
-        self.path = file.paths[0]
-        self.arch = arch
-        self.layers = self.count("block_count")
-        self.hidden = self.count("embedding_length")
-        self.heads = max(self.per_layer("attention.head_count"))
-        if self.heads < 1:
-            raise FormatError(f"{self.path}: a model of {self.heads} attention heads cannot be")
-        self.head_dim = self.count("attention.key_length", self.hidden // self.heads)
-
-    def has(self, key: str) -> bool:
-        return f"{self.arch}.{key}" in self.file.metadata
-
-    def count(self, key: str, default: int | None = None) -> int:
-        """A positive whole number."""
-        value = self.file.int(f"{self.arch}.{key}", default)
-        if not 0 < value < 1 << 31:
-            raise FormatError(f"{self.path}: {self.arch}.{key} cannot be {value}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A finite number, as short as float32 allows."""
-        value = short(self.file.float(f"{self.arch}.{key}", default))
-        if not math.isfinite(value):
-            raise FormatError(f"{self.path}: {self.arch}.{key} cannot be {value}")
-        return value
-
-    def per_layer(self, key: str, default: int | None = None) -> list[int]:
-        """A number a layer, from an array or from one number for all."""
-        value = self.file.get(f"{self.arch}.{key}")
-        if not isinstance(value, np.ndarray):
-            return [self.file.int(f"{self.arch}.{key}", default)] * min(self.layers, 1 << 16)
-        if value.dtype.kind not in "iub" or len(value) < self.layers:
-            raise FormatError(
-                f"{self.path}: {self.arch}.{key} must give {self.layers} whole numbers"
-            )
-        return [int(v) for v in value[: self.layers]]
-
-    def uniform(self, key: str, default: int | None = None) -> int:
-        """A positive number that is the same in all layers."""
-        values = set(self.per_layer(key, default))
-        if len(values) != 1:
-            raise UnsupportedModel(
-                f"{self.path}: {self.arch}.{key} differs from layer to layer, which is not "
-                "supported on MLX; try --backend llama.cpp"
-            )
-        return self.positive(key, values.pop())
-
-    def positive(self, key: str, value: int) -> int:
-        if value < 1:
-            raise FormatError(f"{self.path}: {self.arch}.{key} cannot be {value}")
-        return value
+def _class_name(model_type: str) -> str:
+    family = FAMILIES.get(model_type)
+    return family.class_name if family else _CLASSES[model_type]
 
 
-def _common(keys: _Keys) -> Fields:
+def _common(keys: Keys) -> Fields:
     file = keys.file
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
@@ -109,6 +58,8 @@ def _common(keys: _Keys) -> Fields:
         raise FormatError(
             f"{keys.path}: {keys.layers} blocks are not in {len(file.tensors)} tensors"
         )
+    if keys.heads < 1:
+        raise FormatError(f"{keys.path}: a model of {keys.heads} attention heads cannot be")
     if not file.bool(f"{keys.arch}.attention.causal", True):
         raise UnsupportedModel(
             f"{keys.path}: a model for embeddings, which sees what follows and generates no text"
@@ -136,21 +87,21 @@ def _common(keys: _Keys) -> Fields:
     return config
 
 
-def _dense(keys: _Keys) -> Fields:
+def _dense(keys: Keys) -> Fields:
     return {
         "num_key_value_heads": keys.uniform("attention.head_count_kv", keys.heads),
         "intermediate_size": keys.uniform("feed_forward_length"),
     }
 
 
-def _experts(keys: _Keys) -> Fields:
+def _experts(keys: Keys) -> Fields:
     experts, used = keys.count("expert_count"), keys.count("expert_used_count")
     if used > experts:
         raise FormatError(f"{keys.path}: {used} experts of {experts} cannot be used")
     return {"num_local_experts": experts, "num_experts_per_tok": used}
 
 
-def _llama(keys: _Keys) -> Fields:
+def _llama(keys: Keys) -> Fields:
     if keys.file.int(f"{keys.arch}.rope.dimension_count", keys.head_dim) != keys.head_dim:
         raise UnsupportedModel(
             f"{keys.path}: {keys.arch} models that rotate a part of each head are not supported "
@@ -164,7 +115,7 @@ def _llama(keys: _Keys) -> Fields:
     return fields
 
 
-def _mistral3(keys: _Keys) -> Fields:
+def _mistral3(keys: Keys) -> Fields:
     fields = _llama(keys)
     if not keys.has("attention.temperature_scale"):
         return fields
@@ -179,7 +130,7 @@ def _mistral3(keys: _Keys) -> Fields:
     return fields | {"model_type": "ministral3", "rope_parameters": parameters}
 
 
-def _qwen3_moe(keys: _Keys) -> Fields:
+def _qwen3_moe(keys: Keys) -> Fields:
     experts = _experts(keys)
     return {
         **_dense_or_experts(keys),
@@ -192,14 +143,14 @@ def _qwen3_moe(keys: _Keys) -> Fields:
     }
 
 
-def _dense_or_experts(keys: _Keys) -> Fields:
+def _dense_or_experts(keys: Keys) -> Fields:
     """As ``_dense``, where files without dense layers may leave their width out."""
     fields = {"num_key_value_heads": keys.uniform("attention.head_count_kv", keys.heads)}
     inner = keys.count("expert_feed_forward_length")
     return fields | {"intermediate_size": keys.uniform("feed_forward_length", inner)}
 
 
-def _windows(keys: _Keys, period: int) -> Fields:
+def _windows(keys: Keys, period: int) -> Fields:
     """Which layers see a window; ``period`` where the file does not say."""
     if not keys.has("attention.sliding_window"):
         return {"sliding_window": None, "layer_types": layer_types(keys.layers, 1)}
@@ -211,7 +162,7 @@ def _windows(keys: _Keys, period: int) -> Fields:
     return {"sliding_window": keys.count("attention.sliding_window"), "layer_types": kinds}
 
 
-def _gemma_scale(keys: _Keys, largest: int) -> Fields:
+def _gemma_scale(keys: Keys, largest: int) -> Fields:
     """Scores are divided by the root of this: the head's width, but not in the largest model.
 
     That one is known by its layers. Source: google/gemma_pytorch, config.py; no file says it.
@@ -223,7 +174,7 @@ def _gemma_scale(keys: _Keys, largest: int) -> Fields:
     return {"query_pre_attn_scalar": own}
 
 
-def _gemma2(keys: _Keys) -> Fields:
+def _gemma2(keys: Keys) -> Fields:
     windows = _windows(keys, 2)
     if windows["sliding_window"] is None:
         windows = {"sliding_window": 4096, "layer_types": layer_types(keys.layers, 2)}
@@ -237,7 +188,7 @@ def _gemma2(keys: _Keys) -> Fields:
     }
 
 
-def _gemma3(keys: _Keys) -> Fields:
+def _gemma3(keys: Keys) -> Fields:
     full = rope_parameters(keys.file, keys.arch, keys.head_dim, 1_000_000.0)
     local = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 10_000.0)}
     cap = keys.number("final_logit_softcapping", 0.0)
@@ -257,7 +208,7 @@ _GELU: Mapping[str, str] = MappingProxyType(
 )
 
 
-def _phi3(keys: _Keys) -> Fields:
+def _phi3(keys: Keys) -> Fields:
     fields = _dense(keys) | {"sliding_window": None}
     if window := keys.file.int(f"{keys.arch}.attention.sliding_window", 0):
         fields["sliding_window"] = window  # the converter writes 0 for Phi 4, which has none
@@ -267,7 +218,7 @@ def _phi3(keys: _Keys) -> Fields:
     return fields
 
 
-def _gpt_oss(keys: _Keys) -> Fields:
+def _gpt_oss(keys: Keys) -> Fields:
     parameters = rope_parameters(keys.file, keys.arch, keys.head_dim)
     if parameters["rope_type"] == "yarn":
         parameters["truncate"] = False  # its config says so, and GGUF has no word for it
@@ -282,7 +233,7 @@ def _gpt_oss(keys: _Keys) -> Fields:
     }
 
 
-def _lfm2(keys: _Keys) -> Fields:
+def _lfm2(keys: Keys) -> Fields:
     kv_heads = keys.per_layer("attention.head_count_kv", keys.heads)
     inner = keys.uniform("feed_forward_length")
     return {
@@ -298,7 +249,7 @@ def _lfm2(keys: _Keys) -> Fields:
     }
 
 
-_ARCHITECTURES: Mapping[str, tuple[str, Callable[[_Keys], Fields]]] = MappingProxyType(
+_ARCHITECTURES: Mapping[str, tuple[str, Callable[[Keys], Fields]]] = MappingProxyType(
     {
         "llama": ("llama", _llama),
         "mistral3": ("mistral", _mistral3),

@@ -35,9 +35,11 @@ from rl_mlx.convert.fidelity import SAMPLE
 from rl_mlx.convert.files import read_json
 from rl_mlx.convert.folder import FolderWeights
 from rl_mlx.convert.gguf import ggml
+from rl_mlx.convert.gguf.changes import Change
 from rl_mlx.convert.gguf.encode import DENSE, EXACT, encode, holds, surveys
-from rl_mlx.convert.gguf.fields import ARCHITECTURES, INTERLEAVED, fields, rope_tensors
+from rl_mlx.convert.gguf.fields import fields, rope_tensors
 from rl_mlx.convert.gguf.imatrix import Importance, read_imatrix
+from rl_mlx.convert.gguf.mapping import architecture, change, changed_back
 from rl_mlx.convert.gguf.names import gguf_name
 from rl_mlx.convert.gguf.recipes import ModelFacts, Recipe, needs_importance, recipe, tensor_types
 from rl_mlx.convert.gguf.tokens import describe
@@ -67,7 +69,6 @@ _FILE_TYPES: Mapping[GGMLType, int] = MappingProxyType(
     | {T.TQ2_0: 37, T.MXFP4: 38, T.NVFP4: 39, T.Q1_0: 40}
 )
 _ALWAYS_F32 = re.compile(r".*(ffn_gate_inp\.weight|shortconv\.conv\.weight|\.bias)")
-_ROTATED = re.compile(r"model\.layers\.\d+\.self_attn\.([qk])_proj\.(?:weight|bias)")
 
 
 def export(
@@ -130,20 +131,16 @@ class _Plan:
 
     source: Source
     spec: TensorSpec
-    heads: int | None = None
-    """Heads whose rows are brought back to the interleaved order."""
-    adds_one: bool = False
+    change: Change | None = None
     encoded: bool = False
     """By ggml, from its values."""
     slice: int = _SLICE
 
     @property
     def step(self) -> int:
-        """Rows that are worked on at a time: whole heads where these are moved."""
+        """Rows that are worked on at a time: whole runs where some are moved in these."""
         rows = max(1, self.slice // max(self.source.columns, 1))
-        if self.heads is None:
-            return rows
-        each = max(1, self.source.rows // self.heads)
+        each = self.change.unit if self.change is not None else 1
         return max(each, rows // each * each)
 
 
@@ -194,19 +191,11 @@ class _Export:
     def _plan(self, name: str) -> _Plan:
         part = source(self._weights, name)
         target = gguf_name(self._family, name)
-        rotated = _ROTATED.fullmatch(name) if self._family in INTERLEAVED else None
-        heads = None
-        if rotated:
-            heads = self._fields[f"attention.head_count{'' if rotated[1] == 'q' else '_kv'}"]
-        shape = part.shape[:2] if name.endswith("conv.conv.weight") else part.shape
-        return _Plan(
-            part,
-            TensorSpec(target, shape, self._type(part, target)),
-            int(heads) if isinstance(heads, int) else None,
-            self._family.startswith("gemma") and name.endswith("norm.weight"),
-        )
+        done = change(self._config, name)
+        shape = part.shape if done is None or done.shape is None else done.shape
+        return _Plan(part, TensorSpec(target, shape, self._type(part, target, shape)), done)
 
-    def _type(self, part: Source, target: str) -> GGMLType:
+    def _type(self, part: Source, target: str, shape: tuple[int, ...]) -> GGMLType:
         """The type of a tensor that is not quantized on the way."""
         recorded = self._recorded.get(part.name)
         packing = self._weights.packing(part.name)
@@ -215,7 +204,7 @@ class _Export:
             assert dtype is not None
             if recorded == DENSE[dtype]:
                 return recorded
-            return T.F32 if len(part.shape) < 2 or _ALWAYS_F32.fullmatch(target) else DENSE[dtype]
+            return T.F32 if len(shape) < 2 or _ALWAYS_F32.fullmatch(target) else DENSE[dtype]
         bits, _, mode = packing
         if mode != "affine":
             fitting = {"mxfp4": T.MXFP4, "nvfp4": T.NVFP4}.get(mode, T.BF16)
@@ -250,7 +239,7 @@ class _Export:
     def _facts(self) -> ModelFacts:
         config = self._config
         return ModelFacts(
-            ARCHITECTURES[self._family],
+            architecture(self._family),
             config["num_hidden_layers"],
             config["num_attention_heads"],
             config.get("num_key_value_heads") or config["num_attention_heads"],
@@ -282,7 +271,7 @@ class _Export:
         return ("the source is quantized already: its losses and those of this add up",)
 
     def _metadata(self) -> dict[str, MetadataValue]:
-        arch = ARCHITECTURES[self._family]
+        arch = architecture(self._family)
         weights: dict[GGMLType, int] = {}
         for plan in self._plans:
             weights[plan.spec.type] = weights.get(plan.spec.type, 0) + plan.source.weights
@@ -349,23 +338,9 @@ class _Export:
         """Rows of the source in the order of the file."""
         piece = plan.source.read(start, stop)
         assert isinstance(piece, (Dense, Packed))
-        if plan.adds_one:
-            return Dense(dequantize(piece) + np.float32(1), "float32")
-        if plan.heads is None:
+        if plan.change is None:
             return piece
-        if len(plan.source.shape) == 1:
-            assert isinstance(piece, Dense)
-            moved = _interleaved(piece.array.reshape(-1, 1), plan.heads)
-            return Dense(moved.reshape(1, -1), piece.dtype)
-        heads = (stop - start) // (plan.source.rows // plan.heads)
-        if isinstance(piece, Dense):
-            return replace(piece, array=_interleaved(piece.array, heads))
-        return replace(
-            piece,
-            weight=_interleaved(piece.weight, heads),
-            scales=_interleaved(piece.scales, heads),
-            biases=None if piece.biases is None else _interleaved(piece.biases, heads),
-        )
+        return changed_back(piece, plan.change, is_vector=len(plan.source.shape) == 1)
 
     def _report(self, plan: _Plan, raw: npt.NDArray[np.uint8]) -> TensorReport:
         rows = min(replace(plan, slice=SAMPLE).step, len(raw))
@@ -377,11 +352,6 @@ def _is_finite(raw: npt.NDArray[np.uint8], piece: Tensor) -> bool:
     """Whether float16 numbers are finite where those of the source are."""
     found = np.isfinite(raw.view(np.float16))
     return bool(found.all()) or not np.isfinite(dequantize(piece)[~found]).any()
-
-
-def _interleaved(array: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
-    """Rows of each head from half-split to interleaved rope order."""
-    return array.reshape(heads, 2, -1, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
 
 
 def _recorded(folder: Path) -> dict[str, GGMLType]:

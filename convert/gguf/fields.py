@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rl_mlx.convert.families import FAMILIES
 from rl_mlx.convert.gguf.rope import FREQS, LONGROPE
 from rl_mlx.convert.gguf.writer import MetadataValue
 from rl_mlx.convert.layout import feed_forward_width
@@ -46,10 +47,10 @@ INTERLEAVED = frozenset({"llama", "mistral", "mixtral", "ministral3"})
 def fields(config: Config) -> Fields:
     """Metadata of the architecture, without its prefix. Raises ``UnsupportedModel``."""
     family = config["model_type"]
-    if family not in ARCHITECTURES:
+    if family not in ARCHITECTURES and family not in FAMILIES:
         raise UnsupportedModel(
             f"models of type {family!r} cannot be exported to GGUF yet; known are "
-            f"{', '.join(ARCHITECTURES)}"
+            f"{', '.join([*ARCHITECTURES, *FAMILIES])}"
         )
     head_dim = _head_dim(config)
     found: Fields = {
@@ -66,7 +67,7 @@ def fields(config: Config) -> Fields:
         "rope.dimension_count": int(head_dim * config.get("partial_rotary_factor", 1.0)),
         "rope.freq_base": float(_rope(config)["rope_theta"]),
     }
-    own = _FAMILIES.get(family)
+    own = FAMILIES[family].write if family in FAMILIES else _FAMILIES.get(family)
     return found | _scaling(config) | (own(config) if own else {})
 
 

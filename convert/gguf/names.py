@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
+from rl_mlx.convert.families import FAMILIES
+
 _TOP: Mapping[str, str] = MappingProxyType(
     {
         "model.embed_tokens": "token_embd",
@@ -102,7 +104,9 @@ def gguf_name(model_type: str, name: str) -> str:
     match = _BLOCK.fullmatch(module)
     if match is None:
         return f"{_TOP[module]}{dot}{kind}"
-    return f"blk.{match[1]}.{_BLOCKS[model_type][match[2]]}{dot}{kind}"
+    family = FAMILIES.get(model_type)
+    target = (family.names if family else _BLOCKS[model_type])[match[2]]
+    return f"blk.{match[1]}.{target}{dot}{kind}"
 
 
 def gguf_names(

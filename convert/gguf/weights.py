@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +12,8 @@ import numpy.typing as npt
 from rl_mlx.convert import layout
 from rl_mlx.convert.gguf.blocks import block
 from rl_mlx.convert.gguf.config import gguf_config
+from rl_mlx.convert.gguf.fields import INTERLEAVED
+from rl_mlx.convert.gguf.mapping import change, moved_columns
 from rl_mlx.convert.gguf.names import gguf_names
 from rl_mlx.convert.gguf.reader import GGUFFile
 from rl_mlx.convert.gguf.repack import container, repack
@@ -21,17 +22,15 @@ from rl_mlx.convert.gguf.types import GGMLType
 from rl_mlx.convert.weights import Dense, FloatType, Tensor, Weights
 from rl_mlx.errors import FormatError
 
-_PERMUTED = re.compile(r"blk\.\d+\.attn_([qk])\.(?:weight|bias)")
 _DERIVED = re.compile(r"blk\.\d+\.attn_rot_embd\.\w+|.*rotary_emb\.inv_freq")
 
 
 class GGUFWeights(Weights):
     """The weights of a GGUF file, in one part or many.
 
-    Rows of Q and K that are stored for interleaved rotation come in the half-split order, and
-    Gemma's norms without the 1 that was added to them. Where the file scales its frequencies in a
-    way that no config can say, there is a tensor ``rope_freqs.weight``, float32 ``[dims / 2]``, by
-    which the base frequencies are divided.
+    What the file changes in a tensor (``mapping.change``) is undone. Where it scales its rotary
+    frequencies in a way that no config can say, there is a tensor ``rope_freqs.weight``, float32
+    ``[dims / 2]``, by which the base frequencies are divided.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,15 +41,17 @@ class GGUFWeights(Weights):
         self.path = path
         self._file = file = GGUFFile.open(path)
         self.config = gguf_config(file)
-        self._family: str = self.config["model_type"]
-        self._interleaved = file.str("general.architecture") in {"llama", "mistral3"}
+        self._interleaved = self.config["model_type"] in INTERLEAVED
         try:
             self._expected = layout.layout(self.config, len(file.tensors))
         except FormatError as error:
             raise FormatError(f"{path}: {error}") from error
         if FREQS in file.tensors and self.config["rope_parameters"]["rope_type"] == "default":
             self._expected[FREQS] = (self.config["head_dim"] // 2,)
-        self._sources = gguf_names(self._family, self._expected, file.tensors)
+        self._changes = {
+            name: found for name in self._expected if (found := change(self.config, name))
+        }
+        self._sources = gguf_names(self.config["model_type"], self._expected, file.tensors)
         self._check()
 
     def names(self) -> list[str]:
@@ -66,25 +67,30 @@ class GGUFWeights(Weights):
         shape = self._expected[name]
         info = self._file.tensors[self._sources[name]]
         made = container(info.type, info.shape[-1])
-        return made.nbytes(shape) if made.exact or not exact else 4 * math.prod(shape)
+        decoded = self._is_decoded(name) or (exact and not made.exact)
+        return 4 * math.prod(shape) if decoded else made.nbytes(shape)
 
     def load(self, name: str, scales: FloatType = "float32", *, exact: bool = False) -> Tensor:
         """See ``Weights``. Plain floats that need no change are views of the file.
 
         Raises ``UnsupportedModel`` for a tensor type that is not supported.
         """
-        source = self._sources[name]
-        info = self._file.tensors[source]
-        raw = self._file.raw(source)
-        if self._family.startswith("gemma") and name.endswith("norm.weight"):
-            return Dense(block(info.type).decode(raw) - np.float32(1), "float32")
-        if heads := self._permuted_heads(source):
-            raw = _half_split(raw.reshape(info.shape[0], -1), heads).reshape(raw.shape)
+        info = self._file.tensors[self._sources[name]]
+        shape, done = self._expected[name], self._changes.get(name)
+        if self._is_decoded(name):
+            return Dense(self._decoded(name), "float32")
+        raw = self._file.raw(self._sources[name])
+        if done is not None and done.rows is not None:
+            count = math.prod(shape[:-1]) if len(shape) > 1 else shape[0]
+            raw = raw.reshape(self._file_rows(name), -1)[done.places(0, count)]
+            raw = raw.reshape(*shape[:-1], -1)
         if exact and not container(info.type, info.shape[-1]).exact:
-            return Dense(block(info.type).decode(raw).reshape(self._expected[name]), "float32")
+            return Dense(block(info.type).decode(raw).reshape(shape), "float32")
         tensor = repack(raw, info.type, scales)
-        if isinstance(tensor, Dense):  # a kernel has an axis more here than in the file
-            return Dense(tensor.array.reshape(self._expected[name]), tensor.dtype)
+        if done is not None and done.columns is not None:
+            tensor = moved_columns(tensor, done.columns)
+        if isinstance(tensor, Dense):  # the file may have another shape
+            return Dense(tensor.array.reshape(shape), tensor.dtype)
         return tensor
 
     @property
@@ -101,12 +107,11 @@ class GGUFWeights(Weights):
 
         Their order is the canonical one; all axes but the last count as one.
         """
-        source = self._sources[name]
-        raw = self._file.raw(source)
+        raw = self._file.raw(self._sources[name])
         raw = raw.reshape(-1, raw.shape[-1])
-        if heads := self._permuted_heads(source):
-            order = _half_split(np.arange(len(raw))[:, None], heads)[:, 0]
-            taken: npt.NDArray[np.uint8] = raw[order[start:stop]]
+        done = self._changes.get(name)
+        if done is not None and done.rows is not None:
+            taken: npt.NDArray[np.uint8] = raw[done.places(start, stop)]
             return taken
         return raw[start:stop]
 
@@ -118,21 +123,33 @@ class GGUFWeights(Weights):
         """See ``Weights``."""
         self._file.close()
 
-    def _permuted_heads(self, source: str) -> int | None:
-        """How many heads have rows to be moved; None where rows are in order."""
-        match = _PERMUTED.fullmatch(source) if self._interleaved else None
-        if match is None:
-            return None
-        heads: int = self.config[
-            "num_attention_heads" if match[1] == "q" else "num_key_value_heads"
-        ]
-        return heads
+    def _is_decoded(self, name: str) -> bool:
+        """Whether the numbers themselves are others than those in the file."""
+        done = self._changes.get(name)
+        return done is not None and done.value is not None
+
+    def _decoded(self, name: str) -> npt.NDArray[np.float32]:
+        """A tensor whose numbers are others than those in the file."""
+        source, done, shape = self._sources[name], self._changes[name], self._expected[name]
+        info = self._file.tensors[source]
+        values = block(info.type).decode(self._file.raw(source)).reshape(info.shape)
+        assert done.value is not None
+        values = done.value(values)
+        if done.rows is not None:
+            count = math.prod(shape[:-1]) if len(shape) > 1 else shape[0]
+            values = values.reshape(self._file_rows(name), -1)[done.places(0, count)]
+        return np.ascontiguousarray(values.reshape(shape))
+
+    def _file_rows(self, name: str) -> int:
+        """Rows of the tensor in the file: of a vector, its numbers."""
+        shape = self._file.tensors[self._sources[name]].shape
+        return math.prod(shape[:-1]) if len(shape) > 1 else shape[0]
 
     def _check(self) -> None:
         """Compare the tensors of the file with those that its metadata asks for."""
         tensors, sources = self._file.tensors, self._sources
         expected = {
-            sources[name]: shape[:2] if name.endswith("conv.conv.weight") else shape
+            sources[name]: self._shape_in_file(name, shape)
             for name, shape in self._expected.items()
         }
         factors = {*LONGROPE, FREQS} if self._interleaved else {*LONGROPE}
@@ -149,11 +166,6 @@ class GGUFWeights(Weights):
                     f"{tensors[name].type.name}; use another version of the model"
                 )
 
-
-def _half_split(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
-    """Rows ``[heads * dims, bytes]`` from pairs (0, 1), (2, 3) ... to (0, dims / 2) ...
-
-    They are whole rows, so quantized ones are moved without being decoded.
-    """
-    dims = rows.shape[0] // heads
-    return rows.reshape(heads, dims // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)
+    def _shape_in_file(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        done = self._changes.get(name)
+        return shape if done is None or done.shape is None else done.shape

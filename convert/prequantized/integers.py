@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rl_mlx.convert.bits import WIDTHS, pack, unpack
+from rl_mlx.convert.lazy import Arrays
 from rl_mlx.convert.prequantized.parts import (
     F32,
     FLOATS,
@@ -22,7 +23,6 @@ from rl_mlx.convert.prequantized.parts import (
     group_of,
     others,
 )
-from rl_mlx.convert.sanitize import Arrays
 from rl_mlx.errors import FormatError
 
 Words = npt.NDArray[np.uint32]

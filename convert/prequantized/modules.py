@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rl_mlx.convert.files import read_json
+from rl_mlx.convert.lazy import Arrays, Lazy
 from rl_mlx.convert.prequantized.integers import awq, gptq, packed_integers, whole_integers
 from rl_mlx.convert.prequantized.parts import Module, float_type
 from rl_mlx.convert.prequantized.small_floats import fp8, mxfp4, nvfp4
-from rl_mlx.convert.sanitize import Arrays, Lazy
 from rl_mlx.errors import UnsupportedModel
 
 _METHODS = ("gptq", "awq", "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")

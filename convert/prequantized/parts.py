@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rl_mlx.convert.floats import DTYPES, narrow, widen
-from rl_mlx.convert.sanitize import Array, Arrays, Lazy
+from rl_mlx.convert.lazy import Array, Arrays, Lazy
 from rl_mlx.convert.weights import FloatType
 from rl_mlx.errors import FormatError, UnsupportedModel
 

@@ -13,9 +13,9 @@ import math
 import numpy as np
 
 from rl_mlx.convert.bits import unpack
+from rl_mlx.convert.lazy import Arrays, Lazy
 from rl_mlx.convert.prequantized.parts import F32, U8, Module, dense, others
 from rl_mlx.convert.quantize import levels
-from rl_mlx.convert.sanitize import Arrays, Lazy
 from rl_mlx.errors import FormatError
 
 _GROUP = 16

@@ -25,7 +25,7 @@ from rl_mlx.model.layers import (
     SplitLinear,
     laid_out,
 )
-from rl_mlx.model.mlp import MLP, ExpertLinear, MoE, PlainMLP
+from rl_mlx.model.mlp import MLP, ExpertLinear, MoE, PlainMLP, Router, SharedExpert
 from rl_mlx.model.plan import AttentionPlan, ConvPlan, DecoderPlan, MLPPlan, MoEPlan
 from rl_mlx.model.rope import Rope
 from rl_mlx.model.shortconv import ShortConv
@@ -153,13 +153,19 @@ class _Builder:
         return MLP(plan, gate_up, down)
 
     def _moe(self, at: str, plan: MoEPlan) -> MoE:
-        names = self._plan.names
-        router = self._linear(at + names.router, plan.router_bias)
-        parts = [
+        names, choice = self._plan.names, plan.router
+        correction = self._array(at + choice.correction) if choice.correction else None
+        router = Router(choice, self._linear(at + names.router, choice.bias), correction)
+        experts = [
             self._expert(f"{at}{names.experts}.{n}", plan.bias)
             for n in ("gate_proj", "up_proj", "down_proj")
         ]
-        return MoE(plan, router, *parts)
+        shared = None
+        if plan.shared is not None:
+            mlp = self._mlp(f"{at}{names.shared}.", MLPPlan(inner=plan.shared))
+            gate = Linear(self._matrix(at + names.shared_gate)) if plan.shared_gate else None
+            shared = SharedExpert(mlp, gate)
+        return MoE(plan, router, experts, shared)
 
     def _expert(self, name: str, has_bias: bool) -> ExpertLinear:
         bias = self._small(f"{name}.bias") if has_bias else None

@@ -71,19 +71,42 @@ class MLPPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoEPlan:
-    """A mixture of ``experts`` gated feed-forward layers, ``active`` of them for each token.
+class RouterPlan:
+    """How each token's ``active`` of ``experts`` are chosen, and how much each of them counts.
 
-    ``normalize``: the weights are a softmax over the chosen experts; else over all of them.
+    Scores are a softmax or sigmoids of the router's logits. Those chosen are the highest, a
+    ``correction`` added that counts for the choice alone (DeepSeek V3), out of the best
+    ``active_groups`` of ``groups``; a group is as good as the sum of its ``group_best`` best
+    experts. ``normalize`` makes the chosen scores sum to one, and ``scale`` multiplies them.
     """
 
     experts: int
     active: int
-    inner: int
+    score: Literal["softmax", "sigmoid"] = "softmax"
     normalize: bool = True
+    scale: float = 1.0
+    bias: bool = False
+    correction: str | None = None
+    groups: int = 1
+    active_groups: int = 1
+    group_best: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEPlan:
+    """A mixture of gated feed-forward layers of width ``inner``.
+
+    A ``shared`` one of that width answers for every token too, ``shared_gate`` as much as a sigmoid
+    says. ``weigh_inputs``: scores multiply what experts read instead of what they answer (Llama 4).
+    """
+
+    router: RouterPlan
+    inner: int
     activation: Activation = "silu"
     bias: bool = False
-    router_bias: bool = False
+    shared: int | None = None
+    shared_gate: bool = False
+    weigh_inputs: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +128,8 @@ class Names:
     down: str = "down_proj"
     router: str = "gate"
     experts: str = "switch_mlp"
+    shared: str = "shared_expert"
+    shared_gate: str = "shared_expert_gate"
     mixer_post_norm: str | None = None
     mlp_post_norm: str | None = None
     embedding: str = "embed_tokens"

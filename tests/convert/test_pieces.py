@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rl_mlx.convert.lazy import Lazy
 from rl_mlx.convert.open import open_weights
 from rl_mlx.convert.pieces import joined, source, values
 from rl_mlx.convert.quantize import dequantize
-from rl_mlx.convert.sanitize import Lazy
 
 
 def check(path: Path) -> None:

@@ -39,6 +39,7 @@ FAMILIES: Mapping[str, Planner] = MappingProxyType(
         "ministral": llama.plan,
         "mixtral": mixtral.plan,
         "qwen2": qwen.plan_qwen2,
+        "qwen2_moe": qwen.plan_qwen2_moe,
         "qwen3": qwen.plan_qwen3,
         "qwen3_moe": qwen.plan_qwen3_moe,
         "gemma": gemma.plan_gemma,

@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from rl_mlx.model.families.common import Config, attention, base
-from rl_mlx.model.plan import DecoderPlan, LayerPlan, MoEPlan, Names
+from rl_mlx.model.plan import DecoderPlan, LayerPlan, MoEPlan, Names, RouterPlan
 
 
 def plan(config: Config, context: int) -> DecoderPlan:
     """Every layer is a mixture of experts; even layers see a window."""
     moe = MoEPlan(
-        experts=config["num_local_experts"],
-        active=config["num_experts_per_tok"],
+        router=RouterPlan(
+            experts=config["num_local_experts"], active=config["num_experts_per_tok"], bias=True
+        ),
         inner=config["intermediate_size"],
         activation="swiglu_oai",
         bias=True,
-        router_bias=True,
     )
     count = config["num_hidden_layers"]
     alternating = ["full_attention" if i % 2 else "sliding_attention" for i in range(count)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rl_mlx.model.families.common import Config, attention, base
-from rl_mlx.model.plan import DecoderPlan, LayerPlan, MoEPlan, Names
+from rl_mlx.model.plan import DecoderPlan, LayerPlan, MoEPlan, Names, RouterPlan
 
 
 def plan(config: Config, context: int) -> DecoderPlan:
@@ -11,8 +11,9 @@ def plan(config: Config, context: int) -> DecoderPlan:
     over those.
     """
     moe = MoEPlan(
-        experts=config["num_local_experts"],
-        active=config["num_experts_per_tok"],
+        router=RouterPlan(
+            experts=config["num_local_experts"], active=config["num_experts_per_tok"]
+        ),
         inner=config["intermediate_size"],
     )
     layers = tuple(

@@ -1,0 +1,47 @@
+"""What the formats know of one family of models, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rl_mlx.convert.gguf.changes import Change
+from rl_mlx.convert.gguf.keys import Keys
+from rl_mlx.convert.gguf.writer import MetadataValue
+from rl_mlx.convert.lazy import Arrays
+from rl_mlx.convert.shapes import Config, Shapes
+
+Fields = dict[str, MetadataValue]
+
+
+def _as_it_is(config: Config, arrays: Arrays) -> Arrays:  # noqa: ARG001
+    return arrays
+
+
+def _unchanged(config: Config, name: str) -> Change | None:  # noqa: ARG001
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of models, of which ``model_type`` names one.
+
+    ``block(config, layer)`` gives the canonical names of a layer's tensors, below
+    ``model.layers.N.``, and their shapes; ``names`` maps those without ``.weight`` to GGUF's.
+    ``read`` makes a config of GGUF metadata and ``write`` metadata of a config, both on top of what
+    all families say in the same words. ``sanitize`` brings the tensors of a Hugging Face folder to
+    their canonical names and layouts; ``change(config, name)`` says how a GGUF file's tensor
+    differs from the canonical one by more than its name. ``defaults`` are those of transformers'
+    config class that readers must know.
+    """
+
+    architecture: str
+    class_name: str
+    block: Callable[[Config, int], Shapes]
+    names: Mapping[str, str]
+    read: Callable[[Keys], dict[str, Any]]
+    write: Callable[[Config], Fields]
+    sanitize: Callable[[Config, Arrays], Arrays] = _as_it_is
+    change: Callable[[Config, str], Change | None] = _unchanged
+    defaults: Mapping[str, Any] = field(default_factory=dict)
