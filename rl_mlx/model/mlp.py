@@ -89,7 +89,7 @@ class Router:
 class SharedExpert:
     """A feed-forward layer that answers for every token, as much as its gate says."""
 
-    def __init__(self, mlp: MLP, gate: Linear | None) -> None:
+    def __init__(self, mlp: MLP | PlainMLP, gate: Linear | None) -> None:
         self._mlp = mlp
         self._gate = gate
 
