@@ -115,6 +115,7 @@ def _folder_facts(path: Path) -> Facts:
     width = _number(config.get("head_dim")) or (hidden // heads if hidden and heads else None)
     tokenizer = read_json(path / "tokenizer_config.json")
     model = read_json(path / "tokenizer.json").get("model")
+    words = model.get("type") if isinstance(model, dict) else tokenizer.get("tokenizer_class")
     return Facts(
         format="MLX folder" if "quantization" in document else "safetensors folder",
         architecture=str(document.get("model_type", "unknown")),
@@ -128,7 +129,7 @@ def _folder_facts(path: Path) -> Facts:
         kv_heads=kv_heads,
         kv_bytes_per_token=_kv_bytes(kv_heads, layers, [width, width]),
         vocab=_number(config.get("vocab_size")),
-        tokenizer=str(model.get("type")) if isinstance(model, dict) else "none",
+        tokenizer=str(words or "none"),
         special_ids={
             name: config[f"{name}_token_id"]
             for name in ("bos", "eos", "pad")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +17,7 @@ from rl_mlx.settings import load_settings
 
 if TYPE_CHECKING:
     from rl_mlx.convert.facts import Facts
+    from rl_mlx.store.models import ModelFiles
 
 NAME = "show"
 
@@ -31,12 +34,11 @@ def command(
     from rl_mlx.backends.llamacpp.options import in_force
     from rl_mlx.cli.doctor import options_text
     from rl_mlx.convert import inspect
-    from rl_mlx.store import resolve
 
     if context is not None and context < 1:
         raise InvalidRequest(f"--context must be at least 1, not {context}")
-    files = resolve(model)
-    found = inspect(files.path)
+    with header_files(model) as (files, path):
+        found = inspect(files.path)
     length = context or found.context or 4096
     settings = load_settings({})
     choice = choose(settings)
@@ -44,7 +46,7 @@ def command(
     if json:
         more = {
             "name": files.name,
-            "path": str(files.path),
+            "path": path,
             "backend": choice.names[0],
             "options": options,
             "bits_per_weight": found.bits_per_weight,
@@ -52,11 +54,26 @@ def command(
         }
         print_json(more | asdict(found))
         return
-    for label, value in _rows(files.name, str(files.path), found, length):
+    for label, value in _rows(files.name, path, found, length):
         print(f"{label:<14} {plain(str(value))}")
     print(f"{'backend':<14} {choice.why}")
     if options:
         print(textwrap.indent(options_text(options, 80), " " * 15))
+
+
+@contextmanager
+def header_files(model: str) -> Iterator[tuple[ModelFiles, str]]:
+    """A model to be inspected, and where it lies; of one on the hub only headers are fetched."""
+    from rl_mlx.store import hub
+    from rl_mlx.store.headers import peek, repository
+    from rl_mlx.store.resolve import find
+
+    found = find(model)
+    if isinstance(found, hub.HubRef):
+        with peek(repository(found)) as files:
+            yield files, f"https://huggingface.co/{found.repo} (not downloaded)"
+    else:
+        yield found, str(found.path)
 
 
 def _rows(name: str, path: str, found: Facts, length: int) -> list[tuple[str, Any]]:

@@ -8,7 +8,8 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -117,13 +118,11 @@ def download(ref: HubRef, bar: type[Any] | None = None) -> ModelFiles:
     network that fails.
     """
     # The hub's client costs 0.2 s, so it is imported only where it is used.
-    from huggingface_hub import HfApi, errors  # noqa: PLC0415
+    from huggingface_hub import HfApi  # noqa: PLC0415
 
-    # httpx's in one release of the hub's client, another package's in the next
-    network_error = cast("type[Exception]", errors.HfHubHTTPError.__bases__[0])
-    endpoint, cache = os.environ.get("HF_ENDPOINT"), places.hub_cache()
-    try:
-        api = HfApi(endpoint=endpoint, library_name="rl-mlx")
+    cache = places.hub_cache()
+    with explained(ref):
+        api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="rl-mlx")
         info = api.model_info(ref.repo, revision=ref.revision, files_metadata=True)
         sizes = {f.rfilename: f.size or 0 for f in info.siblings or []}
         name, files = choose(sizes, ref)
@@ -134,10 +133,21 @@ def download(ref: HubRef, bar: type[Any] | None = None) -> ModelFiles:
         for file in files:
             api.hf_hub_download(ref.repo, file, revision=info.sha, cache_dir=cache, tqdm_class=bar)
         first = api.hf_hub_download(ref.repo, files[0], revision=ref.revision, cache_dir=cache)
-    except (network_error, OSError, errors.HFValidationError) as error:
-        raise _explain(error, ref, cache) from error
     is_gguf = files[0].lower().endswith(".gguf")
     return ModelFiles(name, Path(first) if is_gguf else Path(first).parent)
+
+
+@contextmanager
+def explained(ref: HubRef) -> Iterator[None]:
+    """What the hub's client raises within, as errors of ours that say what to do."""
+    from huggingface_hub import errors  # noqa: PLC0415 - as above
+
+    # httpx's in one release of the hub's client, another package's in the next
+    network_error = cast("type[Exception]", errors.HfHubHTTPError.__bases__[0])
+    try:
+        yield
+    except (network_error, OSError, errors.HFValidationError) as error:
+        raise _explain(error, ref, places.hub_cache()) from error
 
 
 def _check_disk(needed: int, cache: Path, ref: HubRef) -> None:

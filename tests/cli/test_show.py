@@ -13,6 +13,7 @@ from rl_mlx.cli.main import main
 from rl_mlx.cli.show import count
 from rl_mlx.cli.terminal import plain, size
 from rl_mlx.convert import inspect
+from tests.store.fakehub import serve
 
 Capture = pytest.CaptureFixture[str]
 
@@ -107,3 +108,20 @@ def test_numbers_for_people() -> None:
         "0 B", "999 B", "1.5 kB", "4.9 GB", "2.5 TB", "123 MB",
     ]  # fmt: skip
     assert [count(n) for n in (12, 292_800, 8_030_000_000)] == ["12", "293 k", "8.03 B"]
+
+
+def test_a_model_on_the_hub_is_not_downloaded(
+    home: Path, model_file: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = model_file.read_bytes()
+    with serve() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        hub.repos["org/m"] = {"m-F16.gguf": content + bytes(8 << 20)}
+        found = show(capsys, "org/m:F16")
+        assert hub.sent <= 1 << 20
+        hub.ranges = False
+        assert main(["show", "org/m"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert (found["name"], found["parameters"]) == ("org/m:F16", 260 * 8)
+    assert found["path"] == "https://huggingface.co/org/m (not downloaded)"
+    assert not (home / ".cache").exists()
