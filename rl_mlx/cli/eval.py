@@ -199,6 +199,35 @@ def compare_command(
     result.show(c, [*table([head, *rows]), f"{c.text}, {c.tokens} tokens"])
 
 
+@app.command("tasks")
+@takes_flags
+def tasks_command(
+    model: Model,
+    names: Annotated[list[str], typer.Argument(metavar="TASK...", help="As the harness names it.")],
+    loading: ModelFlags,
+    result: ResultFlags,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first N examples of each.", metavar="N", min=1)
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Solved examples before each.", metavar="N", min=0)
+    ] = None,
+    include: Annotated[
+        Path | None, typer.Option(help="A folder with more tasks in YAML.", metavar="FOLDER")
+    ] = None,
+) -> None:
+    """Run tasks of lm-evaluation-harness, which downloads their data."""
+    from rl_mlx.lab import tasks
+
+    with open_llm(model, loading) as llm:
+        found = tasks(llm, names, limit=limit, shots=shots, include=include)
+    rows = [
+        (s.task, s.metric, f"{s.value:.4f}", "" if s.error is None else f"± {s.error:.4f}")
+        for s in found.scores
+    ]
+    result.show(found, table([("task", "metric", "value", ""), *rows]))
+
+
 def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Lines of a table: the first two columns to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -12,6 +12,7 @@ from rl_mlx.lab.divergence import Divergence, divergence
 from rl_mlx.lab.measurement import Measurement
 from rl_mlx.lab.perplexity import Perplexity, perplexity
 from rl_mlx.lab.reference import Reference
+from rl_mlx.lab.tasks import TaskScores, tasks
 from rl_mlx.lab.text import Text, demo_text, read_text
 
 __all__ = [
@@ -21,10 +22,12 @@ __all__ = [
     "Measurement",
     "Perplexity",
     "Reference",
+    "TaskScores",
     "Text",
     "compare",
     "demo_text",
     "divergence",
     "perplexity",
     "read_text",
+    "tasks",
 ]

@@ -23,14 +23,14 @@ Record = Mapping[str, Any]
 _KEY = b"rl_mlx"
 
 
-def optional(module: str) -> Any:
-    """An optional module; raises ``MissingPackage``, which says how to get it."""
+def optional(module: str, *, install: str = "'rl-mlx[lab]'") -> Any:
+    """An optional module; raises ``MissingPackage``, which says what pip is to ``install``."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
         raise MissingPackage(
-            f"{package} is not installed here ({error}); install it: pip install 'rl-mlx[lab]'"
+            f"{package} is not installed here ({error}); install it: pip install {install}"
         ) from None
 
 

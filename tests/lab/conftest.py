@@ -13,7 +13,7 @@ from rl_mlx.backends.fake import INFO, FakeBackend
 from rl_mlx.llm import LLM
 from rl_mlx.text.tokenizer import Tokenizer
 
-VOCAB = 2 + 26
+VOCAB = 3 + 26
 
 
 @pytest.fixture(scope="session")
@@ -27,9 +27,9 @@ def letter_tokenizer(path: Path, first: str) -> Tokenizer:
     alphabet = sorted("abcdefghijklmnopqrstuvwxyz", key=lambda c: (c != first, c))
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_tokenizer_model("llama")
-    writer.add_token_list(["<unk>", "<s>", *alphabet])
+    writer.add_token_list(["<unk>", "<s>", "</s>", *alphabet])
     writer.add_token_scores([0.0] * VOCAB)
-    writer.add_token_types([2, 3] + [1] * 26)
+    writer.add_token_types([2, 3, 3] + [1] * 26)
     writer.add_bos_token_id(1)
     writer.add_add_bos_token(True)
     writer.add_add_space_prefix(False)
