@@ -6,9 +6,10 @@ A request's way: text -> template and tokenizer -> ``Request`` -> backend -> ``E
 
 from __future__ import annotations
 
+import inspect
 import itertools
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar, overload
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,7 @@ from rl_mlx.types import (
 from rl_mlx.waiting import Awaiting, Blocking, Waiting, drive, iterate
 
 T = TypeVar("T")
+P = ParamSpec("P")
 Prompt = str | Sequence[int]
 Messages = Sequence[Message | Mapping[str, Any]]
 
@@ -62,6 +64,7 @@ class AsyncLLM:
         context: int | None = None,
         kv_bits: int | str | None = None,
         memory: int | str | None = None,
+        prefix_cache: int | str | None = None,
         dtype: str | None = None,
         backend_options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -72,6 +75,7 @@ class AsyncLLM:
             context=context,
             kv_bits=kv_bits,
             memory=memory,
+            prefix_cache=prefix_cache,
             dtype=dtype,
             backend_options=backend_options or {},
         )
@@ -319,6 +323,18 @@ def _is_batch(prompt: object) -> bool:
     return not items or not isinstance(items[0], (int, np.integer))
 
 
+def _takes(
+    other: Callable[Concatenate[Any, P], None],
+) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:
+    """The decorated method has the parameters of ``other``, and hands them on."""
+
+    def decorate(method: Callable[..., None]) -> Callable[Concatenate[Any, P], None]:
+        method.__signature__ = inspect.signature(other)  # type: ignore[attr-defined]
+        return method
+
+    return decorate
+
+
 class LLM:
     """A loaded model.
 
@@ -331,30 +347,10 @@ class LLM:
     call here is the one of ``AsyncLLM`` with the same name, waited for.
     """
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        backend: str = "auto",
-        draft: str | None = None,
-        draft_tokens: int | None = None,
-        context: int | None = None,
-        kv_bits: int | str | None = None,
-        memory: int | str | None = None,
-        dtype: str | None = None,
-        backend_options: Mapping[str, Any] | None = None,
-    ) -> None:
-        settings = ModelSettings(
-            backend=backend,
-            draft=draft,
-            draft_tokens=draft_tokens,
-            context=context,
-            kv_bits=kv_bits,
-            memory=memory,
-            dtype=dtype,
-            backend_options=backend_options or {},
-        )
-        self._llm = AsyncLLM.of(*_load(model, settings), Blocking())
+    @_takes(AsyncLLM.__init__)
+    def __init__(self, model: str, **options: Any) -> None:
+        self._llm = AsyncLLM(model, **options)
+        self._llm._waiting = Blocking()
 
     @classmethod
     def of(cls, backend: Backend, tokenizer: Tokenizer) -> LLM:

@@ -61,7 +61,8 @@ class ModelSettings:
     ``draft``: a model reference, ``lookup``, ``lookup+REFERENCE`` (both), ``auto`` or None;
     ``draft_tokens`` a step, None for as many as pay. ``context``: tokens, None for the model's own.
     ``kv_bits``: 8, 6, 4, or ``"8/4@512"`` (see ``KVFormat``), None for the compute type.
-    ``memory``: a budget in bytes, or a string such as ``"12GB"`` or ``"80%"``. ``dtype``:
+    ``memory``: a budget in bytes, or a string such as ``"12GB"`` or ``"80%"``. ``prefix_cache``: so
+    much of the disk (``"8GB"``) for prefixes that outlive the process, None for none. ``dtype``:
     ``float32``, ``float16``, ``bfloat16``, or None for what suits the device. ``backend_options``:
     what only one backend knows (``LlamaCppOptions``, ``RemoteOptions``), which raises for others.
     """
@@ -72,6 +73,7 @@ class ModelSettings:
     context: int | None = None
     kv_bits: int | str | None = None
     memory: int | str | None = None
+    prefix_cache: int | str | None = None
     dtype: str | None = None
     backend_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -94,6 +96,8 @@ class ModelSettings:
             )
         if self.memory is not None:
             parse_memory(self.memory, total=1 << 40)
+        if self.prefix_cache is not None:
+            parse_size("prefix_cache", self.prefix_cache)
 
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -102,19 +106,27 @@ _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 def parse_memory(text: int | str, total: int) -> int:
     """Bytes from ``8000000000``, ``"8GB"``, ``"8GiB"``, ``"8g"``, or ``"75%"`` of ``total``."""
+    return parse_size("memory", text, total)
+
+
+def parse_size(name: str, text: int | str, total: int | None = None) -> int:
+    """As ``parse_memory``, for the setting ``name``; without a ``total`` no share of it either.
+
+    Raises ``InvalidRequest``.
+    """
     if isinstance(text, int) and not isinstance(text, bool):
         size: float = text
     else:
+        shares = {} if total is None else {"%": total / 100}
+        factors: Mapping[str, float] = {**_UNITS, **_BINARY_UNITS, **shares}
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[kmgt]?i?b?)", str(text).strip().lower())
-        if match is None:
-            raise InvalidRequest(f"memory must look like 12GB, 12GiB or 80%, not {text!r}")
-        number, unit = float(match[1]), match[2].removesuffix("b")
-        factors: Mapping[str, float] = {**_UNITS, **_BINARY_UNITS, "%": total / 100}
-        if unit not in factors:
-            raise InvalidRequest(f"memory must look like 12GB, 12GiB or 80%, not {text!r}")
-        size = number * factors[unit]
+        unit = match[2].removesuffix("b") if match else ""
+        if match is None or unit not in factors:
+            forms = "12GB or 12GiB" if total is None else "12GB, 12GiB or 80%"
+            raise InvalidRequest(f"{name} must look like {forms}, not {text!r}")
+        size = float(match[1]) * factors[unit]
     if not 0 < size <= 1 << 60:
-        raise InvalidRequest(f"memory must be above 0, not {text!r}")
+        raise InvalidRequest(f"{name} must be above 0, not {text!r}")
     return int(size)
 
 

@@ -51,6 +51,8 @@ def test_options_of_a_backend_are_merged_one_by_one(environ: dict[str, str]) -> 
         ('context = "3"', "context must be at least 1 token"),
         ("kv_bits = 5", "kv_bits must be 4, 6 or 8"),
         ('dtype = "int8"', "dtype must be one of"),
+        ('prefix_cache = "80%"', "prefix_cache must look like 12GB or 12GiB, not '80%'"),
+        ("prefix_cache = 0", "prefix_cache must be above 0"),
         ("[backend]\nname = 1", "backend"),
         ("draft = 3", "draft"),
     ],

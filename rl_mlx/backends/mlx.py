@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import replace
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from rl_mlx.backends.base import Backend, Emit, Stats, default_context
 from rl_mlx.backends.draft import find_draft
 from rl_mlx.backends.machine import memory_total
 from rl_mlx.cache.arena import Arena
+from rl_mlx.cache.disk import DiskTier
 from rl_mlx.cache.governor import Governor, MLXDevice
 from rl_mlx.convert.open import open_weights
 from rl_mlx.convert.weights import FloatType, Weights
@@ -30,8 +32,9 @@ from rl_mlx.errors import ContextOverflow, InvalidRequest
 from rl_mlx.model.load import is_ours, load_decoder
 from rl_mlx.model.model import Model
 from rl_mlx.sample.seeds import fresh_seed
-from rl_mlx.settings import DENSE_KV, KVFormat, ModelSettings, parse_memory
-from rl_mlx.store import ModelFiles
+from rl_mlx.settings import DENSE_KV, KVFormat, ModelSettings, parse_memory, parse_size
+from rl_mlx.store import ModelFiles, places
+from rl_mlx.store.digest import digest
 from rl_mlx.types import ModelInfo, Request
 
 CHUNK = 512
@@ -43,8 +46,8 @@ QUEUE_LIMIT = 1024
 class MLXBackend(Backend):
     """A model on MLX behind the engine."""
 
-    def __init__(self, engine: Engine, info: ModelInfo, put_back: Callable[[], None]) -> None:
-        """``put_back`` undoes the limits that were set on the device."""
+    def __init__(self, engine: Engine, info: ModelInfo, put_back: Callable[[], object]) -> None:
+        """``put_back`` undoes what was set up before the engine, once that is closed."""
         self.info = info
         self._engine = engine
         # Joins the thread at interpreter exit too, before MLX is torn down under it.
@@ -67,11 +70,15 @@ class MLXBackend(Backend):
                 "leave it out"
             )
         kv_bytes = Future[int]()
+        opened = ExitStack()
 
         def start() -> Parts:
             model = _load(weights, info, exact=settings.dtype == "float32")
             weights.close()
-            runner = Runner(model, governor, CHUNK, kv)
+            disk = _disk(files, settings, info)
+            if disk is not None:
+                opened.callback(disk.close)
+            runner = Runner(model, governor, CHUNK, kv, disk)
             kv_bytes.set_result(_kv_bytes_per_token(runner.arena))
             scheduler = Scheduler(
                 max_rows=MAX_ROWS,
@@ -82,15 +89,12 @@ class MLXBackend(Backend):
             proposer = draft.load(info, governor) if draft else None
             return runner, scheduler, Speculator(proposer, settings.draft_tokens)
 
-        put_back = governor.limit_device()
-        try:
+        with opened:
+            opened.callback(governor.limit_device())
             engine = Engine(start)
-        except BaseException:
-            put_back()
-            raise
-        notes = draft.notes(info) if draft else ()
-        info = replace(info, kv_bytes_per_token=kv_bytes.result(), notes=notes)
-        return cls(engine, info, put_back)
+            notes = draft.notes(info) if draft else ()
+            info = replace(info, kv_bytes_per_token=kv_bytes.result(), notes=notes)
+            return cls(engine, info, opened.pop_all().close)
 
     def submit(self, request: Request, emit: Emit) -> None:
         """See ``Backend.submit``."""
@@ -143,10 +147,24 @@ class MLXBackend(Backend):
         self._finalizer()
 
 
-def _close(engine: Engine, put_back: Callable[[], None]) -> None:
+def _close(engine: Engine, put_back: Callable[[], object]) -> None:
     engine.close()
     mx.clear_cache()
     put_back()
+
+
+def _disk(files: ModelFiles, settings: ModelSettings, info: ModelInfo) -> DiskTier | None:
+    """The prefix tree's disk tier where one is wanted."""
+    if settings.prefix_cache is None:
+        return None
+    return DiskTier(
+        places.ours("prefixes"),
+        parse_size("prefix_cache", settings.prefix_cache),
+        weights=digest(files.path),
+        dtype=(info.dtype, settings.dtype),  # asked for or not decides how weights are unpacked
+        kv=KVFormat.parse(settings.kv_bits),
+        context=info.context,  # long contexts have other rotary frequencies
+    )
 
 
 def _load(weights: Weights, info: ModelInfo, *, exact: bool) -> Model:

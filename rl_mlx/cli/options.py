@@ -50,6 +50,10 @@ class ModelFlags:
     memory: Annotated[
         str | None, typer.Option(help="Memory budget: 12GB, or 75%.", metavar="SIZE")
     ] = None
+    prefix_cache: Annotated[
+        str | None,
+        typer.Option(help="So much disk for prefixes that outlive the process.", metavar="SIZE"),
+    ] = None
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16.", metavar="NAME")
     ] = None

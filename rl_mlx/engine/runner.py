@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rl_mlx.cache.arena import Arena, Piece
+from rl_mlx.cache.disk import DiskTier
 from rl_mlx.cache.governor import Governor
 from rl_mlx.cache.prefix import BLOCK, PrefixTree
 from rl_mlx.engine.sequence import Sequence
@@ -31,8 +32,14 @@ class Runner:
     """
 
     def __init__(
-        self, model: Model, governor: Governor, chunk: int = 512, kv: KVFormat = DENSE_KV
+        self,
+        model: Model,
+        governor: Governor,
+        chunk: int = 512,
+        kv: KVFormat = DENSE_KV,
+        disk: DiskTier | None = None,
     ) -> None:
+        """``disk`` is where the prefix tree comes from, and where it is kept."""
         assert chunk % BLOCK == 0, "a chunk is whole blocks"
         self._model = model
         self._governor = governor
@@ -42,6 +49,9 @@ class Runner:
         self._sampling: tuple[tuple[Sequence, ...], Sampler] | None = None
         self.tree: PrefixTree[Piece] = PrefixTree()
         self.arena = self._new_arena()
+        self._disk = disk
+        if disk is not None:
+            disk.restore(self.tree, governor.room // 2)
 
     def _new_arena(self) -> Arena:
         return Arena(self._model.cache_specs, self._model.dtype, self._chunk, self._kv)
@@ -201,6 +211,8 @@ class Runner:
         hole, owners = sequence.row, self._owners
         if hole is None:
             return
+        if self._disk is not None:
+            self._disk.keep(sequence.node)
         last = len(owners) - 1
         last_running = last if owners[last].is_running else last - 1
         for source in (last_running, last):

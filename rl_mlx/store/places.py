@@ -47,6 +47,11 @@ def llamacpp() -> list[Path]:
     return list(dict.fromkeys([*named, library, _cache() / "llama.cpp"]))
 
 
+def ours(name: str) -> Path:
+    """rl-mlx itself: ``$XDG_CACHE_HOME/rl-mlx/NAME``, else below ``~/.cache``."""
+    return _cache() / "rl-mlx" / name
+
+
 def _cache() -> Path:
     path = os.environ.get("XDG_CACHE_HOME")
     return Path(path).expanduser() if path else Path.home() / ".cache"

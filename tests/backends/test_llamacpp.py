@@ -135,6 +135,8 @@ def test_a_recurrent_model_reuses_what_it_can_and_refuses_speculation(
     assert again.ids == ask(open_cpp(path), turn, max_tokens=12).ids
     with pytest.raises(UnsupportedModel, match="draft="):
         open_cpp(path, draft="lookup")
+    with pytest.raises(UnsupportedModel, match="prefix_cache"):
+        open_cpp(path, prefix_cache="1GB")
 
 
 def test_ids_inside_a_character_are_not_lost(open_cpp: Any, ask: Any) -> None:

@@ -240,8 +240,9 @@ def test_opening_says_what_is_wrong(stub: Stub, stories: Path) -> None:
         connect(stub.url, stories, model="other")
     with pytest.raises(InvalidRequest, match="known are api_key"):
         connect(stub.url, stories, gpu_layers=3)
-    with pytest.raises(InvalidRequest, match="kv_bits"):
-        open_backend(ModelFiles("m", stories), ModelSettings(backend=stub.url, kv_bits=8))
+    for option in ({"kv_bits": 8}, {"prefix_cache": "1GB"}):
+        with pytest.raises(InvalidRequest, match=next(iter(option))):
+            open_backend(ModelFiles("m", stories), ModelSettings(backend=stub.url, **option))
     with pytest.raises(BackendUnavailable, match="no server answers"):
         connect("http://127.0.0.1:9", stories)
     stub.models = (200, {"data": []})

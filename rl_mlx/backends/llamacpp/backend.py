@@ -60,6 +60,10 @@ class LlamaCppBackend(Backend):
         Raises ``BackendUnavailable``, ``InvalidRequest``, ``FormatError``, ``UnsupportedModel`` or
         ``OutOfMemory``.
         """
+        if settings.prefix_cache is not None:
+            raise UnsupportedModel(
+                "llama.cpp keeps no prefixes on disk; leave prefix_cache out, or take backend mlx"
+            )
         options = LlamaCppOptions.of(settings.backend_options)
         library = open_library()
         kv = kv_types(settings, options)

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 from pathlib import Path
 
 from rl_mlx.convert import export
+from rl_mlx.store import places
+from rl_mlx.store.digest import digest
 
-_FORMAT = b"2"  # counted up when what the export writes changes
+_FORMAT = 2  # counted up when what the export writes changes
 log = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/rl-mlx/gguf``, else below ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "rl-mlx" / "gguf"
 
 
 def gguf_of(path: Path) -> Path:
@@ -28,28 +22,12 @@ def gguf_of(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    target = cache_folder() / f"{path.resolve().name}-{_digest(path)}.gguf"
+    name = f"{path.resolve().name}-{digest(path)[:16]}-{_FORMAT}.gguf"
+    target = places.ours("gguf") / name
     if not target.exists():
         log.info("exporting %s to %s, once", path, target)
         export(path, target, force=True, progress=_Logged())
     return target
-
-
-def _digest(folder: Path) -> str:
-    """Of the config and tokenizer, and of the size and time of the weights: reading those would
-    take too long.
-    """
-    digest = hashlib.sha256(_FORMAT)
-    for file in sorted(
-        p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".jinja"}
-    ):
-        digest.update(file.name.encode())
-        if file.suffix == ".safetensors":
-            state = file.stat()
-            digest.update(f"{state.st_size} {state.st_mtime_ns}".encode())
-        else:
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 class _Logged:
