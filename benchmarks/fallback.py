@@ -200,7 +200,7 @@ def text_share(tokenizer: Tokenizer, ids: list[int], seconds_per_token: float) -
         answer = Answer(Detokenizer(tokenizer), ("\n\nUser:",), 1)
         begun = time.perf_counter()
         for token in ids:
-            answer.feed(Token(token))
+            answer.feed([Token(token)])
         best = min(best, (time.perf_counter() - begun) / len(ids))
     return best / seconds_per_token
 

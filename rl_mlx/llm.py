@@ -8,7 +8,15 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
 import numpy as np
@@ -26,13 +34,12 @@ from rl_mlx.text.tokenizer import Tokenizer
 from rl_mlx.types import (
     Chunk,
     Event,
-    Failed,
-    Finished,
     Message,
     ModelInfo,
     Request,
     Result,
     SamplingParams,
+    Token,
 )
 from rl_mlx.waiting import Awaiting, Blocking, Waiting, drive, iterate
 
@@ -257,20 +264,23 @@ class AsyncLLM:
                 answers.append(Answer(detokenizer, params.stop, len(prompt)))
 
                 def emit(event: Event, index: int = index) -> None:
-                    channel.put((index, event))
+                    channel.put((index, event), urgent=not isinstance(event, Token))
 
                 self._backend.submit(request, emit)
                 running[index] = request.id
             while running:
-                index, event = await channel.get()
-                answer = answers[index]
-                was_stopped = answer.stopped
-                if isinstance(event, Finished | Failed):
-                    del running[index]
-                chunk = answer.feed(event)
-                if answer.stopped and not was_stopped and index in running:
-                    self._backend.cancel(running[index])
-                yield index, answer, chunk
+                items = await channel.get()
+                for index, events in _by_answer(items, apart=params.logprobs is not None):
+                    answer = answers[index]
+                    was_stopped = answer.stopped
+                    chunk = answer.feed(events)
+                    if answer.ended:
+                        del running[index]
+                    elif answer.stopped and not was_stopped:
+                        self._backend.cancel(running[index])
+                    yield index, answer, chunk
+                    if answer.error is not None:
+                        raise answer.error
         finally:
             for request_id in running.values():
                 self._backend.cancel(request_id)
@@ -313,6 +323,18 @@ class AsyncLLM:
         shown: frozenset[int] = frozenset(),
     ) -> Result:
         return (await self._gather([prompt], params, is_turn=is_turn, shown=shown))[0]
+
+
+def _by_answer(
+    items: Sequence[tuple[int, Event]], *, apart: bool
+) -> Iterable[tuple[int, Sequence[Event]]]:
+    """Events that came together, a list for each answer; or each ``apart``."""
+    if apart:
+        return ((index, [event]) for index, event in items)
+    found: dict[int, list[Event]] = {}
+    for index, event in items:
+        found.setdefault(index, []).append(event)
+    return found.items()
 
 
 def _is_batch(prompt: object) -> bool:

@@ -13,8 +13,12 @@ from rl_mlx.waiting import Awaiting, Blocking, drive, iterate
 async def _count(waiting, numbers):
     channel = waiting.channel()
     threading.Thread(target=lambda: [channel.put(n) for n in numbers]).start()
-    for _ in numbers:
-        yield await channel.get()
+    left = len(numbers)
+    while left:
+        items = await channel.get()
+        left -= len(items)
+        for item in items:
+            yield item
 
 
 async def _sum(waiting, numbers):
@@ -25,6 +29,7 @@ def test_both_ways_give_the_same():
     numbers = list(range(500))
     assert drive(_sum(Blocking(), numbers)) == sum(numbers)
     assert asyncio.run(_sum(Awaiting(), numbers)) == sum(numbers)
+    assert asyncio.run(_sum(Awaiting(pace=0.001), numbers)) == sum(numbers)
     assert list(iterate(_count(Blocking(), numbers))) == numbers
 
 
@@ -74,3 +79,48 @@ def test_a_channel_outlives_its_loop():
 
     asyncio.run(main())
     channels[0].put(1)  # nobody listens any more, and nothing is raised
+
+
+def test_a_pace_holds_back_what_is_not_urgent():
+    async def main():
+        channel = Awaiting(pace=3600).channel()
+        channel.put(1, urgent=False)
+        first = await channel.get()
+        channel.put(2, urgent=False)
+        channel.put(3, urgent=False)
+        getting = asyncio.create_task(channel.get())
+        await asyncio.sleep(0.05)
+        was_held = not getting.done()
+        threading.Thread(target=channel.put, args=(4,)).start()
+        return first, was_held, await getting
+
+    assert asyncio.run(main()) == ([1], True, [2, 3, 4])
+
+
+def test_what_was_held_back_comes_when_its_time_has_come():
+    async def main():
+        channel = Awaiting(pace=0.02).channel()
+        found = []
+        for n in range(3):
+            channel.put(n, urgent=False)
+            found += await channel.get()
+        return found
+
+    assert asyncio.run(main()) == [0, 1, 2]
+
+
+def test_one_wake_up_serves_all_readers_and_none_is_lost():
+    async def main():
+        waiting = Awaiting()
+        channels = [waiting.channel() for _ in range(20)]
+        readers = [asyncio.create_task(_read(channel, 200)) for channel in channels]
+        writer = threading.Thread(
+            target=lambda: [c.put(n, urgent=False) for n in range(200) for c in channels]
+        )
+        writer.start()
+        return await asyncio.gather(*readers)
+
+    async def _read(channel, count):
+        return [(await channel.get())[0] for _ in range(count)]
+
+    assert asyncio.run(main()) == [list(range(200))] * 20

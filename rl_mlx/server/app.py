@@ -36,6 +36,10 @@ from rl_mlx.server.settings import ServerSettings
 from rl_mlx.server.state import State
 from rl_mlx.settings import ModelSettings
 from rl_mlx.store import ModelFiles
+from rl_mlx.waiting import Awaiting
+
+_PACE = 0.01
+"""Seconds between two pieces of a stream: more tokens than that make no smoother text."""
 
 
 def load_llm(files: ModelFiles, settings: ModelSettings) -> AsyncLLM:
@@ -45,7 +49,7 @@ def load_llm(files: ModelFiles, settings: ModelSettings) -> AsyncLLM:
 
     backend = open_backend(files, settings)
     try:
-        return AsyncLLM.of(backend, Tokenizer.open(files.path))
+        return AsyncLLM.of(backend, Tokenizer.open(files.path), Awaiting(_PACE))
     except BaseException:
         backend.close()
         raise

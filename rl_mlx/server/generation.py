@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,7 +20,9 @@ from rl_mlx.text.router import (
     Reasoning,
     Routed,
     Router,
+    ToolCallArguments,
     ToolCallEnd,
+    ToolCallWithdrawn,
     collect,
 )
 from rl_mlx.text.tokenizer import Tokenizer
@@ -283,12 +285,19 @@ class _Reading:
         ends = [i for i, piece in enumerate(pieces) if isinstance(piece, ToolCallEnd)]
         return pieces[: ends[room - 1] + 1] if len(ends) >= room else pieces
 
-    def _count(self, chunk: Chunk, pieces: Iterable[Piece]) -> None:
-        for piece in pieces:
-            self._thinks = isinstance(piece, Reasoning)
-            self._calls += isinstance(piece, ToolCallEnd)
-        self._tokens += len(chunk.token_ids)
-        self._reasoning += len(chunk.token_ids) if self._thinks else 0
+    def _count(self, chunk: Chunk, pieces: Sequence[Piece]) -> None:
+        """Tokens; where a chunk has thoughts and more, those of thoughts by their share of it."""
+        count = len(chunk.token_ids)
+        self._tokens += count
+        self._calls += sum(isinstance(piece, ToolCallEnd) for piece in pieces)
+        share = float(self._thinks)
+        if pieces:
+            self._thinks = isinstance(pieces[-1], Reasoning)
+            thought = sum(len(p.text) for p in pieces if isinstance(p, Reasoning))
+            other = sum(len(p.text) for p in pieces if isinstance(p, Content | ToolCallWithdrawn))
+            other += sum(len(p.fragment) for p in pieces if isinstance(p, ToolCallArguments))
+            share = thought / max(thought + other, 1)
+        self._reasoning += round(count * share)
 
     def _logprobs(self, chunk: Chunk, pieces: Sequence[Piece]) -> list[TokenLogprob]:
         """Those of content alone; they come with its text."""
