@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,7 +38,7 @@ def test_events_that_come_together_say_the_same(text, stop, cuts):
     for event in events:
         one.feed([event])
     bounds = sorted({0, len(events), *(c for c in cuts if c < len(events))})
-    chunks = [many.feed(events[a:b]) for a, b in zip(bounds, bounds[1:])]
+    chunks = [many.feed(events[a:b]) for a, b in itertools.pairwise(bounds)]
     assert many.result() == one.result()
     said = [chunk for chunk in chunks if chunk is not None]
     assert "".join(chunk.text for chunk in said) == one.result().text
