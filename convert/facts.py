@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from rl_mlx.convert.safetensors import SafetensorsFile
 from rl_mlx.errors import FormatError
 
 _SPECIAL = ("bos", "eos", "eot", "unknown", "padding")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_EXPERT = re.compile(r"_exps\b|\.experts\b|\bswitch_mlp\b")
 KV_ITEM_BYTES = 2
 """Of the KV cache in float16, as on a GPU; MLX on a CPU takes float32, twice that."""
 
@@ -23,14 +26,16 @@ KV_ITEM_BYTES = 2
 class Facts:
     """A model in numbers. ``types`` maps a tensor type to the weights it holds; sizes are bytes.
 
-    ``kv_bytes_per_token`` counts every layer in full, so it is an upper bound for models with
-    sliding windows. None where the headers do not say.
+    ``active_bytes`` are those of the weights that a token is computed with: of experts only as many
+    as are chosen. ``kv_bytes_per_token`` counts every layer in full, so it is an upper bound for
+    models with sliding windows. None where the headers do not say.
     """
 
     format: str
     architecture: str
     parameters: int
     weight_bytes: int
+    active_bytes: int
     types: dict[str, int]
     context: int | None
     layers: int | None
@@ -79,11 +84,14 @@ def _gguf_facts(file: GGUFFile) -> Facts:
     pre = file.get("tokenizer.ggml.pre")
     tokens = file.get("tokenizer.ggml.tokens")
     ids = {name: _number(file.get(f"tokenizer.ggml.{name}_token_id")) for name in _SPECIAL}
+    sizes = {name: tensor.nbytes for name, tensor in file.tensors.items()}
+    experts = [file.get(f"{architecture}.expert_{key}") for key in ("count", "used_count")]
     return Facts(
         format=f"GGUF v{file.version}" + (f", {n} parts" if (n := len(file.paths)) > 1 else ""),
         architecture=architecture,
         parameters=sum(types.values()),
-        weight_bytes=sum(t.nbytes for t in file.tensors.values()),
+        weight_bytes=sum(sizes.values()),
+        active_bytes=_active(sizes, *experts),
         types=dict(types.most_common()),
         context=_number(file.get(f"{architecture}.context_length")),
         layers=layers,
@@ -105,10 +113,11 @@ def _folder_facts(path: Path) -> Facts:
     text = document.get("text_config")
     config: dict[str, Any] = {**document, **(text if isinstance(text, dict) else {})}
     types: Counter[str] = Counter()
-    total = 0
-    for kind, weights, size in _tensors(path, document.get("quantization")):
+    sizes: dict[str, int] = {}
+    for name, kind, weights, size in _tensors(path, document.get("quantization")):
         types[kind] += weights
-        total += size
+        sizes[name] = size
+    experts = next((config[key] for key in _EXPERTS if key in config), None)
     heads = _number(config.get("num_attention_heads"))
     kv_heads = _number(config.get("num_key_value_heads")) or heads
     hidden, layers = _number(config.get("hidden_size")), _number(config.get("num_hidden_layers"))
@@ -120,7 +129,8 @@ def _folder_facts(path: Path) -> Facts:
         format="MLX folder" if "quantization" in document else "safetensors folder",
         architecture=str(document.get("model_type", "unknown")),
         parameters=sum(types.values()),
-        weight_bytes=total,
+        weight_bytes=sum(sizes.values()),
+        active_bytes=_active(sizes, experts, config.get("num_experts_per_tok")),
         types=dict(types.most_common()),
         context=_number(config.get("max_position_embeddings")),
         layers=layers,
@@ -139,8 +149,8 @@ def _folder_facts(path: Path) -> Facts:
     )
 
 
-def _tensors(path: Path, quantization: object) -> Iterator[tuple[str, int, int]]:
-    """Of each tensor of a folder: its type, how many weights it holds, and its bytes.
+def _tensors(path: Path, quantization: object) -> Iterator[tuple[str, str, int, int]]:
+    """Of each tensor of a folder: name, type, how many weights it holds, and its bytes.
 
     Scales and biases of packed tensors hold no weights.
     """
@@ -158,8 +168,18 @@ def _tensors(path: Path, quantization: object) -> Iterator[tuple[str, int, int]]
                 kind, count = f"{bits}-bit", count * 32 // bits
             elif module in packed and part in ("scales", "biases"):
                 count = 0
-            yield kind, count, entry.nbytes
+            yield name, kind, count, entry.nbytes
         file.close()
+
+
+def _active(sizes: Mapping[str, int], experts: object, used: object) -> int:
+    """Bytes of the weights that one token needs, by the names of tensors."""
+    total = sum(sizes.values())
+    count, chosen = _number(experts), _number(used)
+    if not count or chosen is None or chosen >= count:
+        return total
+    rows = sum(size for name, size in sizes.items() if _EXPERT.search(name))
+    return total - rows * (count - chosen) // count
 
 
 def _kv_bytes(kv_heads: Any, layers: int | None, ends: list[Any]) -> int | None:

@@ -27,6 +27,7 @@ from rl_mlx.cli import (
     doctor,
     eval,
     export,
+    fit,
     generate,
     listing,
     ps,
@@ -90,8 +91,9 @@ def root(
     """Run open-weights language models on this machine."""
 
 
-for _module in (chat, generate, serve, ps, show, listing, pull, rm, convert, export, bench, doctor):
+for _module in (chat, generate, serve, ps, show, fit, listing, pull, rm, convert, export, bench):
     app.command(_module.NAME)(_module.command)
+app.command(doctor.NAME)(doctor.command)
 app.add_typer(eval.app)
 
 

@@ -87,6 +87,20 @@ def variants(names: Iterable[str]) -> list[Variant]:
     return [v if tags.count(v.tag) == 1 else replace(v, tag=v.stem) for v in found]
 
 
+def siblings(path: Path) -> list[Variant]:
+    """The quantizations of the same model beside a GGUF file, its own among them."""
+    names = [p.name for p in path.parent.iterdir() if p.is_file()]
+    same = [name for name in names if _model(Path(name)) == _model(path)]
+    return [v for v in variants(same) if v.complete]
+
+
+def _model(path: Path) -> str:
+    """A GGUF file's name without its quantization."""
+    name = stem(path)
+    found: list[str] = _QUANT.findall(name)
+    return name.replace(found[-1], "").casefold() if found else name.casefold()
+
+
 def _tag(stem: str) -> str:
     name = PurePosixPath(stem).name
     quants = _QUANT.findall(name) or _QUANT.findall(stem)
