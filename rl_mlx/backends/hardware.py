@@ -11,7 +11,13 @@ import sys
 from dataclasses import dataclass
 
 from rl_mlx.backends import machine
-from rl_mlx.backends.llamacpp.library import GPU_KINDS, VERSION, open_library
+from rl_mlx.backends.llamacpp.library import (
+    GPU_KINDS,
+    INSTALL_NATIVE,
+    NATIVE,
+    VERSION,
+    open_library,
+)
 from rl_mlx.backends.machine import Gpu
 from rl_mlx.errors import BackendUnavailable
 
@@ -93,7 +99,9 @@ def llamacpp_status() -> BackendStatus:
         Device(name, description, _acceleration(backend, kind), free, total)
         for name, description, backend, kind, free, total in library.devices()
     )
-    return BackendStatus("llama.cpp", available=True, version=library.version, devices=devices)
+    binding = library.binding
+    version = f"{binding.package} {binding.version}"
+    return BackendStatus("llama.cpp", available=True, version=version, devices=devices)
 
 
 def mlx_status() -> BackendStatus:
@@ -131,11 +139,11 @@ def advise(
         lines.append(f"an AMD GPU is not used; ROCm: {_SWITCH}/rocm-7.2.4; else: {_SWITCH}/vulkan")
     if vendors == {"Intel"}:
         lines.append(f"an Intel GPU is not used; it may help: {_SWITCH}/vulkan")
-    if not vendors and flags >= _AVX512:
+    if not vendors and flags >= _AVX512 and not llamacpp.version.startswith(NATIVE.package):
         lines.append(
-            "this CPU has AVX-512, which the wheel does not use; compile the binding (10 to 20 "
-            "minutes; needs CMake, a C++ compiler and Rust): "
-            f"pip install --no-binary xllamacpp xllamacpp=={VERSION}"
+            "this CPU has AVX-512, which the wheel of llama.cpp does not use; compile it for this "
+            "one (about 15 minutes on two cores; needs a C++ compiler; reads prompts faster): "
+            f"{INSTALL_NATIVE}"
         )
     return lines
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rl_mlx.cli.options import ModelFlags
 from rl_mlx.cli.terminal import console, is_terminal, note, size
@@ -22,6 +24,8 @@ def open_llm(reference: str, flags: ModelFlags) -> LLM:
     import sys
 
     settings = flags.settings()
+    waiting: AbstractContextManager[Any] = nullcontext()
+    tell: Callable[[str], None] = note
     if is_terminal(sys.stderr):
         from rl_mlx.store import find
         from rl_mlx.store.models import ModelFiles
@@ -29,13 +33,32 @@ def open_llm(reference: str, flags: ModelFlags) -> LLM:
         # A download draws bars of its own, which a spinner would tear.
         here = isinstance(find(reference), ModelFiles)
         name = reference.rpartition("/")[2]
-        waiting = console(stderr=True).status(f"loading {name}") if here else nullcontext()
-    else:
-        waiting = nullcontext()
-    with waiting:
+        if here:
+            waiting = spinner = console(stderr=True).status(f"loading {name}")
+            tell = spinner.update
+    with waiting, _Told(tell):
         from rl_mlx.llm import LLM
 
         return LLM(reference, **asdict(settings))
+
+
+class _Told(logging.Handler):
+    """Tells what backends say while they load: that a folder is exported, and how far."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self._tell = tell
+        self._logger = logging.getLogger("rl_mlx.backends")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._tell(record.getMessage())
+
+    def __enter__(self) -> None:
+        self._logger.addHandler(self)
+        self._logger.setLevel(logging.INFO)
+
+    def __exit__(self, *exc: object) -> None:
+        self._logger.removeHandler(self)
 
 
 def best_installed() -> str:

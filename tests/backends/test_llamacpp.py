@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ import pytest
 pytest.importorskip("xllamacpp")
 
 from rl_mlx.backends import open_backend
-from rl_mlx.backends.llamacpp import LlamaCppOptions
+from rl_mlx.backends.llamacpp import LlamaCppOptions, exported
 from rl_mlx.backends.llamacpp import backend as module
 from rl_mlx.backends.llamacpp.backend import kv_types
 from rl_mlx.backends.llamacpp.library import Library, open_library
@@ -173,34 +175,39 @@ def test_higher_priority_goes_first(open_cpp: Any, start: Any) -> None:
     assert calls[2].reply().finished.timings.queued > urgent.reply().finished.timings.queued
 
 
-@pytest.mark.parametrize("bad", ["bad_magic.gguf", "truncated", "README.md", "missing.gguf"])
 def test_a_file_that_is_rejected_says_why(
-    open_cpp: Any, shared: Path, tmp_path: Path, bad: str
+    open_cpp: Any, shared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / bad
-    if bad == "truncated":
-        path.write_bytes((shared / "models" / "stories260K.gguf").read_bytes()[:400_000])
-    elif bad != "missing.gguf":
-        path.write_bytes(b"what? " * 100)
-    expected = ModelNotFound if bad == "missing.gguf" else FormatError
-    with pytest.raises(expected) as caught:
-        open_cpp(path)
-    assert bad in str(caught.value)
-    assert "\n" not in str(caught.value)
+    """With llama.cpp's own words, which are not printed."""
+    whole = (shared / "models" / "stories260K.gguf").read_bytes()
+    for content, kind, reason in (
+        (b"what? " * 100, FormatError, "invalid magic characters: 'what'"),
+        (whole[:400_000], FormatError, "data is not within the file bounds"),
+        (whole.replace(b"llama", b"lhama"), UnsupportedModel, "unknown model architecture: 'lhama"),
+    ):
+        path = tmp_path / "bad.gguf"
+        path.write_bytes(content)
+        with pytest.raises(kind) as caught:
+            open_cpp(path)
+        assert "bad.gguf: " in str(caught.value)
+        assert reason in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ModelNotFound, match=r"missing\.gguf"):
+        open_cpp(tmp_path / "missing.gguf")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_hostile_files_of_others_give_errors_of_ours(open_cpp: Any, shared: Path) -> None:
-    files = sorted((shared / "malformed").glob("*.gguf"))
-    assert files
+    files = sorted(p for p in (shared / "malformed").rglob("*") if p.is_file())
+    assert len(files) > 100
     for path in files:
-        with pytest.raises(RlMlxError):
+        with pytest.raises(RlMlxError) as caught:
             open_cpp(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_nothing_is_printed(open_cpp: Any, ask: Any, capfd: pytest.CaptureFixture[str]) -> None:
     ask(open_cpp(), TEXT, max_tokens=5)
-    with pytest.raises(ModelNotFound):
-        open_cpp(Path("missing.gguf"))
     assert capfd.readouterr() == ("", "")
 
 
@@ -420,3 +427,38 @@ def test_a_folder_runs_and_is_exported_once(
     again = open_cpp(shared / "hf" / name)
     assert file.stat().st_mtime_ns == before
     assert ask(again, ids[:8], max_tokens=8).ids == ask(backend, ids[:8], max_tokens=8).ids
+
+
+def test_a_full_disk_is_seen_before_the_export(
+    open_cpp: Any, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(exported.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(OutOfMemory, match="XDG_CACHE_HOME"):
+        open_cpp(shared / "hf" / "qwen2")
+    assert not any(tmp_path.iterdir())
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from rl_mlx.backends.llamacpp import exported
+
+exported._Logged.__call__ = lambda self, done, total: os.kill(os.getpid(), signal.SIGKILL)
+exported.gguf_of(Path(sys.argv[1]))
+"""
+
+
+def test_a_process_killed_during_the_export_leaves_nothing_that_is_taken(
+    open_cpp: Any, ask: Any, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = shared / "hf" / "qwen2"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(folder)], check=False)
+    assert killed.returncode == -9
+    cache = tmp_path / "rl-mlx" / "gguf"
+    (half,) = cache.iterdir()
+    assert half.suffix == ".part"
+    assert len(ask(open_cpp(folder), [5, 6, 7], max_tokens=4).ids) == 4
+    (file,) = cache.iterdir()
+    assert file.suffix == ".gguf"

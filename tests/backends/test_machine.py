@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +15,7 @@ from rl_mlx.backends import hardware, machine
 from rl_mlx.backends.choice import choose
 from rl_mlx.backends.hardware import BackendStatus, Device, advise
 from rl_mlx.backends.llamacpp import library
+from rl_mlx.backends.llamacpp.library import VERSION
 from rl_mlx.backends.machine import Gpu
 from rl_mlx.errors import BackendUnavailable, InvalidRequest
 from rl_mlx.settings import ModelSettings
@@ -81,7 +84,9 @@ def test_an_idle_card_is_worth_a_command(vendor: str, command: str) -> None:
 def test_other_advice() -> None:
     avx512 = frozenset({"avx512f", "avx512bw", "avx512vl"})
     (line,) = advise((), MLX, LLAMACPP, avx512)
-    assert "--no-binary xllamacpp" in line
+    assert line.endswith("pip install 'rl-mlx[native]'")
+    native = replace(LLAMACPP, version=f"llama-cpp-python {library.NATIVE_VERSION}")
+    assert advise((), MLX, native, avx512) == []
     assert advise((), MLX, LLAMACPP, frozenset({"avx2"})) == []
     broken = BackendStatus("llama.cpp", available=False, reason="install libgomp1")
     assert advise((Gpu("NVIDIA", ""),), MLX, broken, avx512) == ["install libgomp1"]
@@ -115,32 +120,77 @@ def test_the_choice(system: str, kind: str, first: str, monkeypatch: pytest.Monk
         choose(ModelSettings(backend="tpu"))
 
 
-def test_a_library_that_cannot_be_used_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def reason() -> str:
-        with pytest.raises(BackendUnavailable) as caught:
-            library.open_library.__wrapped__()
-        return str(caught.value)
+def find_only(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], path: str = "") -> None:
+    """Let only these packages be installed, at ``path``."""
 
-    with monkeypatch.context() as patch:
-        patch.setattr(library.importlib.util, "find_spec", lambda name: None)
-        assert "pip install xllamacpp" in reason()
+    def find_spec(name: str) -> SimpleNamespace | None:
+        package = {"llama_cpp": "llama-cpp-python"}.get(name, name)
+        return SimpleNamespace(origin=path) if package in versions else None
+
+    monkeypatch.setattr(library.importlib.util, "find_spec", find_spec)
+    monkeypatch.setattr(library.importlib.metadata, "version", versions.__getitem__)
+
+
+def refusal() -> str:
+    with pytest.raises(BackendUnavailable) as caught:
+        library.open_library.__wrapped__()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_binding_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled one, unless it is another release: that is somebody else's."""
+    wheel = {"xllamacpp": VERSION + "+cu128"}
+    for versions, taken in (
+        (wheel, library.WHEEL),
+        ({**wheel, "llama-cpp-python": library.NATIVE_VERSION}, library.NATIVE),
+        ({"llama-cpp-python": library.NATIVE_VERSION}, library.NATIVE),
+        ({**wheel, "llama-cpp-python": "0.2.90"}, library.WHEEL),
+    ):
+        with monkeypatch.context() as patch:
+            find_only(patch, versions, "somewhere/__init__.py")
+            assert library._installed() is taken
+
+
+def test_a_missing_binding_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    for versions, reason in (
+        ({}, "not installed"),
+        ({"llama-cpp-python": "0.2.90"}, "not installed"),
+        ({"xllamacpp": "1.0"}, "xllamacpp 1.0 is not the tested"),
+        ({"xllamacpp": VERSION}, "has no library"),
+    ):
+        with monkeypatch.context() as patch:
+            find_only(patch, versions, "/nowhere/__init__.py")
+            assert reason in refusal()
+            assert refusal().endswith(f"install it: pip install xllamacpp=={VERSION}")
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert 'backend="http://127.0.0.1:8080"' in refusal()
+
+
+def test_a_library_that_cannot_be_used_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xllamacpp")
-    with monkeypatch.context() as patch:
-        patch.setattr(library.importlib.metadata, "version", lambda name: "1.0")
-        assert "xllamacpp 1.0" in reason()
-    with monkeypatch.context() as patch:
-        patch.setattr(library, "missing_instructions", lambda: ["AVX2"])
-        assert "AVX2" in reason()
-    with monkeypatch.context() as patch:
-        patch.setitem(library._CONTEXT_DEFAULTS, "n_ctx", 513)
-        assert "memory layout" in reason()
 
     def fail(path: str) -> None:
         raise OSError("libgomp.so.1: cannot open shared object file")
 
     with monkeypatch.context() as patch:
+        patch.setitem(library._CONTEXT_DEFAULTS, "n_ctx", 513)
+        assert "memory layout" in refusal()
+    with monkeypatch.context() as patch:
         patch.setattr(library.ctypes, "CDLL", fail)
-        assert "apt-get install libgomp1" in reason()
+        assert "apt-get install libgomp1" in refusal()
+
+
+def test_a_wheel_for_a_better_cpu_is_not_even_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: str) -> None:
+        raise AssertionError("loading it would be SIGILL")
+
+    find_only(monkeypatch, {"xllamacpp": VERSION}, "/nowhere/__init__.py")
+    monkeypatch.setattr(library.ctypes, "CDLL", fail)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(machine, "instructions", lambda: frozenset({"sse2", "fma", "f16c"}))
+    assert "AVX2, BMI2, which this CPU lacks" in refusal()
+    assert refusal().endswith("pip install 'rl-mlx[native]'")
 
 
 def test_instructions_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,3 +150,15 @@ class _Stdin(io.StringIO):
 def test_no_stdin_is_no_prompt(stdin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", stdin)
     assert terminal.piped_input() is None
+
+
+@pytest.mark.shared
+def test_a_folder_that_is_exported_says_so(shared: Path, home: Path, capsys: Capture) -> None:
+    pytest.importorskip("xllamacpp")
+    flags = ["--backend", "llama.cpp", "-O", "threads=1", "-n", "1", "--ids", "-p", "x"]
+    assert main(["generate", str(shared / "hf" / "qwen2"), *flags]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("exporting ")
+    assert "exported 100% of " in err
+    assert main(["generate", str(shared / "hf" / "qwen2"), *flags]) == 0
+    assert "exporting" not in capsys.readouterr().err

@@ -1,9 +1,10 @@
-"""llama.cpp's C API by ctypes, from the shared library that the ``xllamacpp`` wheel brings.
+"""llama.cpp's C API by ctypes, from the library in the ``xllamacpp`` wheel, or in llama-cpp-python
+where that was compiled for this machine.
 
-The binding's own server class is not used: it loses the ids of tokens that end inside a UTF-8
-character, opens a listener, and slows down with every further model in the process. Layouts follow
-``include/llama.h`` of the pinned release and are checked against the library's own defaults before
-anything is passed to it.
+The classes of these bindings are not used: xllamacpp's server loses the ids of tokens that end
+inside a UTF-8 character and opens a listener, llama-cpp-python's runs one request at a time.
+Layouts follow ``include/llama.h`` of the pinned releases and are checked against the library's own
+defaults before anything is passed to it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ctypes import (
     c_uint64,
     c_void_p,
 )  # fmt: skip
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,10 @@ from rl_mlx.errors import BackendUnavailable
 
 VERSION = "2026.10.11549"
 """The release of xllamacpp (llama.cpp b11549) whose header the structures below follow."""
+NATIVE_VERSION = "0.3.36"
+"""The release of llama-cpp-python, whose llama.cpp is a few weeks older."""
 INSTALL_BINDING = f"install it: pip install xllamacpp=={VERSION}"
+INSTALL_NATIVE = "pip install 'rl-mlx[native]'"
 
 # enum ggml_type: the types that a KV cache can have
 KV_TYPES = {
@@ -126,6 +131,12 @@ class ContextParams(Structure):
     ]
 
 
+class NativeContextParams(Structure):
+    """The same in the release of llama-cpp-python, which lacks one field."""
+
+    _fields_ = [f for f in ContextParams._fields_ if f[0] != "moe_cache_size"]
+
+
 class Batch(Structure):
     """``struct llama_batch``."""
 
@@ -204,19 +215,56 @@ _CONTEXT_DEFAULTS = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Binding:
+    """A package that brings the library: as it is installed, as it is imported, and where in it the
+    library lies. A ``native`` one is compiled where it is installed, so that it fits the CPU.
+    """
+
+    package: str
+    module: str
+    version: str
+    files: tuple[str, ...]
+    context_params: type[Structure]
+    native: bool = False
+
+    def folder(self) -> Path | None:
+        """Where it is installed; imports nothing."""
+        spec = importlib.util.find_spec(self.module)
+        return Path(spec.origin).parent if spec is not None and spec.origin else None
+
+    def installed_version(self) -> str:
+        """Its release, without the mark of what it was built for; empty where it has none."""
+        try:
+            return importlib.metadata.version(self.package).split("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            return ""
+
+
+WHEEL = Binding(
+    "xllamacpp", "xllamacpp", VERSION, ("xllamacpp*.so", "xllamacpp*.dylib"), ContextParams
+)
+NATIVE = Binding(
+    "llama-cpp-python", "llama_cpp", NATIVE_VERSION, ("lib/libllama.so", "lib/libllama.dylib"),
+    NativeContextParams, native=True,
+)  # fmt: skip
+
+
 class Library:
     """The open library. ``api.llama_decode(...)`` and so on are its functions; ``errors()`` its
     last words.
     """
 
-    def __init__(self, path: Path, version: str) -> None:
+    def __init__(self, path: Path, binding: Binding) -> None:
         self.path = path
-        self.version = version
+        self.binding = binding
         self._log: deque[str] = deque(maxlen=200)
         self.api = ctypes.CDLL(str(path))
+        layouts = {ContextParams: binding.context_params}
         for name, (result, *arguments) in _PROTOTYPES.items():
             function = getattr(self.api, name)
-            function.restype, function.argtypes = result, arguments
+            function.restype = layouts.get(result, result)
+            function.argtypes = [layouts.get(kind, kind) for kind in arguments]
         self._check_layouts()
         self._callback = LogCallback(self._on_log)  # held: the library keeps only the address
         self.api.llama_log_set(self._callback, None)
@@ -234,8 +282,8 @@ class Library:
             for name, value in expected.items():
                 if getattr(params, name) != value:
                     raise BackendUnavailable(
-                        f"xllamacpp {self.version} has another memory layout than {VERSION} "
-                        f"({name}); {INSTALL_BINDING}"
+                        f"{self.binding.package} has another memory layout than its release "
+                        f"{self.binding.version} ({name}); {INSTALL_BINDING}"
                     )
 
     def errors(self) -> str:
@@ -271,38 +319,46 @@ class Library:
 
 @functools.cache
 def open_library() -> Library:
-    """Find, check and open the library, once a process.
+    """Find, check and open the library, once a process: the native one where it is installed.
 
-    Raises ``BackendUnavailable`` where the binding is absent, is another release, cannot be loaded,
+    Raises ``BackendUnavailable`` where no binding is there, is another release, cannot be loaded,
     or was built for instructions that this CPU lacks (which would kill the process).
     """
-    spec = importlib.util.find_spec("xllamacpp")
-    if spec is None or spec.origin is None:
-        raise BackendUnavailable(f"llama.cpp's binding is not installed; {INSTALL_BINDING}")
     if sys.platform == "win32":
         raise BackendUnavailable(
-            "the binding for Windows hides llama.cpp's C API; start a llama-server and give its "
+            "llama.cpp's wheel for Windows hides the C API; start a llama-server and give its "
             'address (backend="http://127.0.0.1:8080"), or use WSL'
         )
-    version = importlib.metadata.version("xllamacpp")
-    if version.split("+")[0] != VERSION:
+    binding = _installed()
+    missing = [] if binding.native else missing_instructions()
+    if missing:
+        raise BackendUnavailable(
+            f"llama.cpp's wheel needs {', '.join(missing)}, which this CPU lacks; compile it for "
+            f"this one: {INSTALL_NATIVE}"
+        )
+    folder = binding.folder()
+    assert folder is not None, "it is installed"
+    path = next((p for pattern in binding.files for p in folder.glob(pattern)), None)
+    if path is None:
+        raise BackendUnavailable(f"{binding.package} in {folder} has no library; {INSTALL_BINDING}")
+    try:
+        return Library(path, binding)
+    except (OSError, AttributeError) as error:
+        raise BackendUnavailable(_why_not(error)) from error
+
+
+def _installed() -> Binding:
+    """The binding to use. A llama-cpp-python of another release is somebody else's, and let be."""
+    if NATIVE.folder() is not None and NATIVE.installed_version() == NATIVE.version:
+        return NATIVE
+    if WHEEL.folder() is None:
+        raise BackendUnavailable(f"llama.cpp's binding is not installed; {INSTALL_BINDING}")
+    version = WHEEL.installed_version()
+    if version != WHEEL.version:
         raise BackendUnavailable(
             f"xllamacpp {version} is not the tested {VERSION}; {INSTALL_BINDING}"
         )
-    missing = missing_instructions()
-    if missing:
-        raise BackendUnavailable(
-            f"llama.cpp's wheel needs {', '.join(missing)}, which this CPU lacks; build it here: "
-            f"pip install --no-binary xllamacpp xllamacpp=={VERSION}"
-        )
-    folder = Path(spec.origin).parent
-    path = next((p for p in folder.glob("xllamacpp*") if p.suffix in {".so", ".dylib"}), None)
-    if path is None:
-        raise BackendUnavailable(f"xllamacpp in {folder} has no library; {INSTALL_BINDING}")
-    try:
-        return Library(path, version)
-    except (OSError, AttributeError) as error:
-        raise BackendUnavailable(_why_not(error)) from error
+    return WHEEL
 
 
 def _why_not(error: Exception) -> str:
