@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,29 +35,28 @@ def open_llm(reference: str, flags: ModelFlags) -> LLM:
         if here:
             waiting = spinner = console(stderr=True).status(f"loading {name}")
             tell = spinner.update
-    with waiting, _Told(tell):
+    with waiting, _telling(tell):
         from rl_mlx.llm import LLM
 
         return LLM(reference, **asdict(settings))
 
 
-class _Told(logging.Handler):
+@contextmanager
+def _telling(tell: Callable[[str], None]) -> Iterator[None]:
     """Tells what backends say while they load: that a folder is exported, and how far."""
+    from logging import INFO, Handler, LogRecord, getLogger
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        super().__init__()
-        self._tell = tell
-        self._logger = logging.getLogger("rl_mlx.backends")
+    class Told(Handler):
+        def emit(self, record: LogRecord) -> None:
+            tell(record.getMessage())
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self._tell(record.getMessage())
-
-    def __enter__(self) -> None:
-        self._logger.addHandler(self)
-        self._logger.setLevel(logging.INFO)
-
-    def __exit__(self, *exc: object) -> None:
-        self._logger.removeHandler(self)
+    told, logger = Told(), getLogger("rl_mlx.backends")
+    logger.addHandler(told)
+    logger.setLevel(INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(told)
 
 
 def best_installed() -> str:
