@@ -1,19 +1,22 @@
-"""The llama.cpp backend against xllamacpp's own server class, same model and parameters, paired in
-one run.
+"""The llama.cpp backend against xllamacpp's own server class, and, where llama-cpp-python is
+installed, over that library too, against its low-level calls. Same model, same parameters.
 
-    python benchmarks/fallback.py model.gguf --tokens 200 --rounds 7
+    python benchmarks/fallback.py --type F16 --threads 1
+    python benchmarks/fallback.py --model model.gguf --only "1 stream" --pairs 5
 
-Rounds alternate between the two sides, both loaded; figures are medians. A third part measures what
-text costs.
+Each side is a process of its own, so that neither's idle threads slow the other down; they take
+turns. Without ``--model`` it is a random Llama of 58M parameters with 32,000 tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
+import importlib.util
 import multiprocessing
 import statistics
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -24,18 +27,24 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
+from _paired import in_turns, median, parser, ratios, run_parts
+
 from rl_mlx.backends.base import Backend
 from rl_mlx.backends.llamacpp import LlamaCppBackend
 from rl_mlx.settings import ModelSettings
 from rl_mlx.store import ModelFiles
 from rl_mlx.text.answer import Answer
 from rl_mlx.text.detokenizer import Detokenizer
+from rl_mlx.text.router import Format, Router
 from rl_mlx.text.tokenizer import Tokenizer
 from rl_mlx.types import Event, Failed, Finished, Request, SamplingParams, Token
 
 Prompt = list[int]
 PARALLEL = 8
 BATCH = 512
+# What is compared with what, and which of the two is ours.
+PAIRS = (("rl-mlx", "xllamacpp"), ("native", "rl-mlx"), ("native", "llama-cpp-python"))
 
 
 @dataclass(frozen=True)
@@ -78,21 +87,21 @@ class Ours:
         return [Timed(mine[0], mine[-1], len(mine)) for mine in stamps]
 
 
-class Theirs:
+class Server:
     """xllamacpp's server class, streaming to a callback, one thread a request."""
 
-    def __init__(self, path: Path, threads: int, context: int, parallel: int, batch: int) -> None:
+    def __init__(self, path: Path, threads: int, context: int) -> None:
         import xllamacpp
 
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
-        params.n_ctx = context * parallel
-        params.n_parallel = parallel
-        params.n_batch = params.n_ubatch = batch
+        params.n_ctx = context * PARALLEL
+        params.n_parallel = PARALLEL
+        params.n_batch = params.n_ubatch = BATCH
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.verbosity = 0
         self._server = xllamacpp.Server(params)
-        self._pool = ThreadPoolExecutor(parallel)
+        self._pool = ThreadPoolExecutor(PARALLEL)
 
     def run(self, prompts: list[Prompt], tokens: int) -> list[Timed]:
         """Answers of prompts that are sent together."""
@@ -118,17 +127,73 @@ class Theirs:
             "post_sampling_probs": True,
         }  # fmt: skip
         self._server.handle_completions(request, callback)
+        stamps = stamps or [time.perf_counter() - begun]  # it streams no part of a character
         return Timed(stamps[0], stamps[-1], made)
 
 
+class LowLevel:
+    """llama-cpp-python's C calls in the plainest loop: the prompts, then a token of each a step."""
+
+    def __init__(self, path: Path, threads: int, context: int) -> None:
+        import llama_cpp as api
+
+        self._api = api
+        self._quiet = api.llama_log_callback(lambda *_: None)
+        api.llama_log_set(self._quiet, None)
+        model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
+        params = api.llama_context_default_params()
+        params.n_ctx, params.n_seq_max = context * PARALLEL, PARALLEL
+        params.n_batch = params.n_ubatch = BATCH
+        params.n_threads = params.n_threads_batch = threads
+        self._context = api.llama_init_from_model(model, params)
+        self._vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+        self._batch = api.llama_batch_init(BATCH, 0, 1)
+
+    def run(self, prompts: list[Prompt], tokens: int) -> list[Timed]:
+        """Answers of prompts that are sent together."""
+        begun = time.perf_counter()
+        data_too = True
+        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), data_too)
+        parts = [(n, prompt, 0) for n, prompt in enumerate(prompts)]
+        last: list[int] = []
+        stamps: list[float] = []
+        for step in range(tokens):
+            last = self._step(parts)
+            stamps.append(time.perf_counter() - begun)
+            parts = [(n, [token], len(prompts[n]) + step) for n, token in enumerate(last)]
+        return [Timed(stamps[0], stamps[-1], tokens) for _ in prompts]
+
+    def _step(self, parts: list[tuple[int, Prompt, int]]) -> list[int]:
+        api, batch, best = self._api, self._batch, []
+        ends: list[int] = []
+        count = 0
+        for number, (sequence, ids, start) in enumerate(parts):
+            for place, token in enumerate(ids):
+                batch.token[count], batch.pos[count] = token, start + place
+                batch.n_seq_id[count], batch.seq_id[count][0] = 1, sequence
+                batch.logits[count] = place == len(ids) - 1
+                count += 1
+            ends.append(count - 1)
+            is_last = number == len(parts) - 1
+            if is_last or count + len(parts[number + 1][1]) > BATCH:
+                batch.n_tokens = count
+                if api.llama_decode(self._context, batch) != 0:
+                    raise RuntimeError("llama_decode failed")
+                for end in ends:
+                    row = api.llama_get_logits_ith(self._context, end)
+                    best.append(int(np.ctypeslib.as_array(row, (self._vocab,)).argmax()))
+                count, ends = 0, []
+        return best
+
+
 class Side:
-    """One side in a process of its own, so that neither's idle threads slow the other down."""
+    """One side in a process of its own."""
 
     def __init__(self, kind: str, path: Path, threads: int, context: int) -> None:
-        context_of_processes = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context_of_processes.Pipe()
+        of_processes = multiprocessing.get_context("spawn")
+        self._pipe, theirs = of_processes.Pipe()
         arguments = (kind, path, threads, context, theirs)
-        self._process = context_of_processes.Process(target=_serve, args=arguments, daemon=True)
+        self._process = of_processes.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         self._pipe.recv()  # it is loaded
 
@@ -148,11 +213,15 @@ def _serve(kind: str, path: Path, threads: int, context: int, pipe: Connection) 
     settings = ModelSettings(
         context=context, backend_options={"threads": threads, "unified": False, "batch": BATCH}
     )
-    runner: Ours | Theirs
-    if kind == "rl-mlx":
-        runner = Ours(LlamaCppBackend.open(ModelFiles(path.stem, path), settings))
+    runner: Ours | Server | LowLevel
+    if kind == "xllamacpp":
+        runner = Server(path, threads, context)
+    elif kind == "llama-cpp-python":
+        runner = LowLevel(path, threads, context)
     else:
-        runner = Theirs(path, threads, context, PARALLEL, BATCH)
+        if kind == "rl-mlx":
+            sys.modules["llama_cpp"] = None  # type: ignore[assignment]  # the wheel's library
+        runner = Ours(LlamaCppBackend.open(ModelFiles(path.stem, path), settings))
     pipe.send(0)
     while True:
         work = pipe.recv()
@@ -161,90 +230,151 @@ def _serve(kind: str, path: Path, threads: int, context: int, pipe: Connection) 
         pipe.send((answers, time.process_time() - begun))
 
 
-def speeds(
-    sides: dict[str, Side], prompts: Callable[[], list[Prompt]], tokens: int, rounds: int
-) -> dict[str, dict[str, float]]:
-    """Medians by side; ``ratio`` holds the medians of each round's ratios (difference, for times).
+def compare(
+    sides: dict[str, Side], prompts: Callable[[], list[Prompt]], tokens: int, pairs: int
+) -> dict[str, Any]:
+    """Medians of each side, and of the ratios (difference, for the first token) turn by turn.
 
     CPU time a token says most where other programs take part of the machine.
     """
-    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in sides}
-    for turn in range(rounds + 1):
-        order = list(sides.items())
-        same = prompts()
-        for name, side in order if turn % 2 else reversed(order):
-            answers, cpu = side.run(same, tokens)
-            made = sum(a.tokens for a in answers)
-            first = statistics.median(a.first for a in answers)
-            if turn:  # the first round warms up
-                rate = made / max(a.total for a in answers)
-                found[name].append((rate, first * 1e3, cpu / made * 1e6))
+    rounds = [prompts() for _ in range(pairs + 1)]  # the last is that of the warm-up
+
+    def measure(side: Side, turn: int) -> tuple[float, float, float]:
+        answers, cpu = side.run(rounds[turn], tokens)
+        made = sum(a.tokens for a in answers)
+        first = statistics.median(a.first for a in answers)
+        return made / max(a.total for a in answers), first * 1e3, cpu / made * 1e6
+
+    found = in_turns(
+        {name: functools.partial(measure, side) for name, side in sides.items()}, pairs
+    )
+    report: dict[str, Any] = {}
     columns = ("tokens/s", "first ms", "cpu us/token")
-    table = {
-        name: dict(zip(columns, map(statistics.median, zip(*runs, strict=True)), strict=True))
-        for name, runs in found.items()
-    }
-    pairs = list(zip(*found.values(), strict=True))
-    table["ratio"] = {
-        "tokens/s": statistics.median(a[0] / b[0] for a, b in pairs),
-        "first ms": statistics.median(a[1] - b[1] for a, b in pairs),
-        "cpu us/token": statistics.median(a[2] / b[2] for a, b in pairs),
-    }
-    return table
+    for name, runs in found.items():
+        values = map(median, zip(*runs, strict=True))
+        report[name] = dict(zip(columns, values, strict=True))
+    for ours, theirs in PAIRS:
+        if ours in found and theirs in found:
+            mine, other = zip(*found[ours], strict=True), zip(*found[theirs], strict=True)
+            (speed, first, cpu), (speed2, first2, cpu2) = mine, other
+            report[f"{ours} / {theirs}"] = {
+                "tokens/s": ratios(speed, speed2),
+                "first ms later": median([a - b for a, b in zip(first, first2, strict=True)]),
+                "cpu us/token": ratios(cpu, cpu2)["median"],
+            }
+    return report
 
 
-def text_share(tokenizer: Tokenizer, ids: list[int], seconds_per_token: float) -> float:
-    """Detokenizing and matching stops, as a share of the time a token takes."""
-    best = float("inf")
+def text_share(tokenizer: Tokenizer, seconds_per_token: float) -> dict[str, Any]:
+    """Detokenizing, matching stops and routing, as shares of the time a token takes."""
+    ids = [290 + i % 200 for i in range(500)]
+    text = best = float("inf")
     for _ in range(5):
         answer = Answer(Detokenizer(tokenizer), ("\n\nUser:",), 1)
+        router = Router(Format.of("<tool_call>"), tools=[{"function": {"name": "f"}}])
         begun = time.perf_counter()
-        for token in ids:
-            answer.feed([Token(token)])
-        best = min(best, (time.perf_counter() - begun) / len(ids))
-    return best / seconds_per_token
+        chunks = [answer.feed([Token(token)]) for token in ids]
+        middle = time.perf_counter()
+        for chunk in chunks:
+            router.feed(chunk.text if chunk else "")
+        best = min(best, (time.perf_counter() - middle) / len(ids))
+        text = min(text, (middle - begun) / len(ids))
+    return {"detokenizing": f"{text / seconds_per_token:.3%}",
+            "routing": f"{best / seconds_per_token:.3%}"}  # fmt: skip
+
+
+def random_llama(path: Path, kind: str) -> None:
+    """Hidden 512, 8 layers, 8 heads, 32,000 tokens; every matrix is of ``kind``."""
+    import gguf
+    from gguf import GGMLQuantizationType
+
+    rng = np.random.default_rng(0)
+    hidden, inner, layers, vocab = 512, 1376 if kind == "F16" else 1536, 8, 32000
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(4096)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(8)
+    writer.add_head_count_kv(8)
+    writer.add_rope_dimension_count(64)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("llama")
+    special = ["<unk>", "<s>", "</s>"] + [f"<0x{b:02X}>" for b in range(256)]
+    tokens = special + [f"\u2581w{n}" for n in range(vocab - len(special))]
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(n) for n in range(vocab)])
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * (vocab - len(special)))
+    shapes = {"token_embd.weight": (vocab, hidden), "output.weight": (vocab, hidden)}
+    for i in range(layers):
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            shapes[f"blk.{i}.{name}.weight"] = (hidden, hidden)
+        shapes[f"blk.{i}.ffn_gate.weight"] = shapes[f"blk.{i}.ffn_up.weight"] = (inner, hidden)
+        shapes[f"blk.{i}.ffn_down.weight"] = (hidden, inner)
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{i}.{name}.weight", np.ones(hidden, np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
+    qtype = GGMLQuantizationType[kind]
+    for name, shape in shapes.items():
+        weight = rng.normal(0, 0.05, shape).astype(np.float32)
+        writer.add_tensor(name, gguf.quants.quantize(weight, qtype), raw_dtype=qtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def measure(path: Path, options: argparse.Namespace) -> None:
+    """Load all sides and measure the parts."""
+    tokenizer = Tokenizer.from_gguf(path)
+    kinds = ["rl-mlx", "xllamacpp"]
+    if importlib.util.find_spec("llama_cpp") is not None:
+        kinds += ["native", "llama-cpp-python"]
+    sides = {kind: Side(kind, path, options.threads, options.context) for kind in kinds}
+    random = Random(0)
+
+    def prompts(count: int, length: int) -> list[Prompt]:
+        # Never the same twice, or a prefix cache would answer for it.
+        ids = range(290, tokenizer.vocab_size)
+        return [[1, *random.choices(ids, k=length - 1)] for _ in range(count)]
+
+    def part(count: int, length: int, tokens: int) -> Callable[[], dict[str, Any]]:
+        asked = functools.partial(prompts, count, length)
+        return lambda: compare(sides, asked, tokens, options.pairs)
+
+    def text() -> dict[str, Any]:
+        (answer,), _ = sides["rl-mlx"].run(prompts(1, 64), options.tokens)
+        return text_share(tokenizer, (answer.total - answer.first) / (answer.tokens - 1))
+
+    run_parts(
+        {
+            "1 stream": part(1, 64, options.tokens),
+            "8 streams": part(PARALLEL, 64, options.tokens),
+            "a prompt of 448 tokens": part(1, 448, 1),
+            "text, share of a token": text,
+        },
+        options,
+    )
+    for side in sides.values():
+        side.close()
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--tokens", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    args = parser.parse_args()
-    tokenizer = Tokenizer.from_gguf(args.model)
-    sides = {
-        kind: Side(kind, args.model, args.threads, args.context) for kind in ("rl-mlx", "xllamacpp")
-    }
-    random = Random(0)
-
-    def prompts(count: int) -> list[Prompt]:
-        # Never the same twice, or a prefix cache would answer for it.
-        ids = range(290, tokenizer.vocab_size)
-        return [[1, *random.choices(ids, k=64)] for _ in range(count)]
-
-    results: dict[str, Any] = {}
-    for count in (1, PARALLEL):
-        name = f"{count} streams" if count > 1 else "1 stream"
-        results[name] = speeds(sides, functools.partial(prompts, count), args.tokens, args.rounds)
-    per_token = 1 / results["1 stream"]["rl-mlx"]["tokens/s"]
-    ids = [290 + i % 200 for i in range(500)]
-    results["text share of a token"] = text_share(tokenizer, ids, per_token)
-    for side in sides.values():
-        side.close()
-    if args.json:
-        print(json.dumps(results, indent=2))
+    made = parser(__doc__)
+    made.add_argument("--model", type=Path)
+    made.add_argument("--type", default="F16", help="of the random model: F16, Q8_0, Q4_0...")
+    made.add_argument("--tokens", type=int, default=64)
+    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--context", type=int, default=512)
+    options = made.parse_args()
+    if options.model is not None:
+        measure(options.model, options)
         return
-    for name, table in results.items():
-        if isinstance(table, float):
-            print(f"{name}: {table:.2%}")
-            continue
-        for side, row in table.items():
-            values = [f"{value:10.3f} {column}" for column, value in row.items()]
-            print(f"{name:10} {side:10} {'  '.join(values)}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"random-{options.type}.gguf"
+        random_llama(path, options.type)
+        measure(path, options)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rl_mlx.backends.llamacpp.library import (
+    INSTALL_NATIVE,
     KV_BYTES,
     KV_TYPES,
     NUMA,
@@ -294,7 +295,8 @@ def _add_worker(library: Library, endpoint: str) -> None:
     )
     if not address:
         raise BackendUnavailable(
-            "this build of llama.cpp has no RPC; build the binding with GGML_RPC=ON"
+            "this build of llama.cpp has no RPC, which rpc= needs; compile one that has: "
+            f"CMAKE_ARGS=-DGGML_RPC=on {INSTALL_NATIVE}"
         )
     connect = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(address)
     worker = connect(endpoint.encode())
