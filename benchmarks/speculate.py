@@ -30,6 +30,7 @@ from rl_mlx.convert import convert
 from rl_mlx.convert.gguf.reader import GGUFFile
 from rl_mlx.demo.grammar import lists, plain_texts
 from rl_mlx.demo.tasks import Exercises
+from rl_mlx.engine.chunk import ChunkSize
 from rl_mlx.engine.loop import Engine
 from rl_mlx.engine.runner import Runner
 from rl_mlx.engine.scheduler import Scheduler
@@ -244,7 +245,7 @@ def lookup(pair: Pair) -> dict[str, Any]:
 
     def start(fixed: int) -> Any:
         runner = Runner(model, Governor(device, 1 << 30, 0))
-        scheduler = Scheduler(max_rows=1, queue_limit=1, admit=runner.admits)
+        scheduler = Scheduler(max_rows=1, admit=runner.admits, chunks=ChunkSize())
         return runner, scheduler, Speculator(Lookup(), fixed)
 
     found = {}

@@ -40,7 +40,6 @@ from rl_mlx.types import ModelInfo, Request
 CHUNK = 512
 """The most prompt tokens read in one step."""
 MAX_ROWS = 32
-QUEUE_LIMIT = 1024
 
 
 class MLXBackend(Backend):
@@ -82,7 +81,6 @@ class MLXBackend(Backend):
             kv_bytes.set_result(_kv_bytes_per_token(runner.arena))
             scheduler = Scheduler(
                 max_rows=MAX_ROWS,
-                queue_limit=QUEUE_LIMIT,
                 admit=runner.admits,
                 chunks=ChunkSize(CHUNK),
             )

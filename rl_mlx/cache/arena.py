@@ -119,7 +119,7 @@ class Arena:
             if isinstance(layer, StateLayer):
                 layer.grow(self.rows)
                 layer.clear_row(self.rows - 1)
-        self._grow(self._reserved[1])
+        self.reserve(self._reserved[1])
         return self.rows - 1
 
     def copy_row(self, source: int, target: int) -> None:
@@ -140,7 +140,7 @@ class Arena:
         """A step of ``count`` new tokens for each of the rows ``start .. stop - 1``."""
         assert 0 < count <= self.longest_step, "a step has between one and longest_step tokens"
         offsets = self.lengths[start:stop]
-        self._grow(max(offsets) + count)
+        self.reserve(max(offsets) + count)
         self._recent = start, offsets
         return ArenaStep(self._layers, start, offsets, count)
 
@@ -151,6 +151,16 @@ class Arena:
         for layer in self._layers:
             if isinstance(layer, StateLayer):
                 layer.commit(start, counts)
+
+    def reserve(self, length: int) -> None:
+        """Make room for ``length`` tokens in every row; steps that need more do it themselves."""
+        if self.covers(self.rows, length):
+            return
+        rows, most = self._reserved
+        self._reserved = max(rows, self.rows), max(most, _grown(length))
+        for layer in self._layers:
+            if isinstance(layer, KVLayer):
+                layer.grow(*self._reserved)
 
     def shrink(self) -> None:
         """Give back what the rows in use do not need."""
@@ -183,7 +193,7 @@ class Arena:
         Where layers are recurrent the last piece must be whole and have its state.
         """
         total = sum(count for _, count in pieces)
-        self._grow(total)
+        self.reserve(total)
         for i, layer in enumerate(self._layers):
             if isinstance(layer, StateLayer):
                 state = pieces[-1][0].layers[i]
@@ -198,15 +208,6 @@ class Arena:
                     layer.put(row, first, part, count)
                 first += count
         self.lengths[row] = total
-
-    def _grow(self, length: int) -> None:
-        if self.covers(self.rows, length):
-            return
-        rows, most = self._reserved
-        self._reserved = max(rows, self.rows), max(most, _grown(length))
-        for layer in self._layers:
-            if isinstance(layer, KVLayer):
-                layer.grow(*self._reserved)
 
     def _state(self, layer: StateLayer, row: int, position: int) -> mx.array | None:
         """A recurrent layer's state at ``position``, where it is now or passed in the last step."""

@@ -12,16 +12,17 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from rl_mlx.engine.mailbox import Mailbox
+from rl_mlx.engine.mailbox import QUEUE_LIMIT, Mailbox
 from rl_mlx.engine.pace import LONGEST
 from rl_mlx.engine.runner import Runner
 from rl_mlx.engine.scheduler import Decode, Prefill, Scheduler
 from rl_mlx.engine.sequence import Sequence
 from rl_mlx.engine.speculate import Speculator
-from rl_mlx.errors import EngineError, OutOfMemory, QueueFull, RlMlxError
+from rl_mlx.errors import EngineError, OutOfMemory, RlMlxError
 from rl_mlx.sample.sampler import Sampled
 
 T = TypeVar("T")
@@ -46,8 +47,9 @@ class _Step:
 class Engine:
     """Runs ``start()``'s runner on a thread of its own; all else is asked for by message."""
 
-    def __init__(self, start: Callable[[], Parts]) -> None:
+    def __init__(self, start: Callable[[], Parts], queue_limit: int = QUEUE_LIMIT) -> None:
         """Waits until ``start`` has returned on the engine's thread; raises its exception."""
+        self._queue_limit = queue_limit
         self._mailbox = Mailbox()
         self._sequences: dict[str, Sequence] = {}
         self._pending: _Step | None = None
@@ -62,12 +64,13 @@ class Engine:
     # Called from any thread.
 
     def submit(self, sequence: Sequence) -> None:
-        """Queue a sequence; raises ``EngineError`` after ``close``."""
-        self._mailbox.post(lambda: self._add(sequence))
+        """Queue a sequence. Raises ``QueueFull``, or ``EngineError`` after ``close``."""
+        waiting = len(self._scheduler.waiting)
+        self._mailbox.post_request(lambda: self._add(sequence), waiting, self._queue_limit)
 
     def cancel(self, request_id: str) -> None:
         """End a request; unknown ids are ignored."""
-        if not self._mailbox.closed:
+        with suppress(EngineError):  # after the end there is nothing to cancel
             self._mailbox.post(lambda: self._cancel(request_id))
 
     def call(self, function: Callable[[Runner], T]) -> T:
@@ -96,8 +99,10 @@ class Engine:
             ready.set_exception(error)
             return
         ready.set_result(None)
-        while self._mailbox.listen(self._is_idle):
+        while True:
             try:
+                if not self._mailbox.listen(self._is_idle):
+                    break
                 self._step()
             except Exception as error:  # noqa: BLE001  (the loop outlives whatever a step does)
                 self._fail_running(error)
@@ -114,10 +119,7 @@ class Engine:
         if sequence.limit == 0:
             self._end(sequence, lambda s: s.finish("length"))
             return
-        try:
-            self._scheduler.add(sequence)
-        except QueueFull as error:
-            self._end(sequence, lambda s, e=error: s.fail(e))  # type: ignore[misc]
+        self._scheduler.add(sequence)
 
     def _cancel(self, request_id: str) -> None:
         sequence = self._sequences.get(request_id)
@@ -253,11 +255,15 @@ class Engine:
         self._runner.leave(sequence)
 
     def _fail_running(self, error: Exception) -> None:
-        """A step failed: those in it fail with its error, those waiting go on."""
+        """A step failed: those in it fail with its error, those waiting go on.
+
+        Where none was in it, it failed over the one that was to be next.
+        """
         log.warning("a step failed", exc_info=error)
         failure = error if isinstance(error, RlMlxError) else EngineError(f"a step failed: {error}")
         self._pending = None
-        hurt = [s for s in self._scheduler.everything() if s.row is not None]
+        scheduler = self._scheduler
+        active = [s for s in scheduler.everything() if s not in scheduler.waiting]
         self._runner.reset()
-        for sequence in hurt:
+        for sequence in active or scheduler.waiting[:1]:
             self._end(sequence, lambda s: s.fail(failure))

@@ -8,10 +8,14 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-from rl_mlx.errors import EngineError
+from rl_mlx.errors import EngineError, QueueFull
 
 T = TypeVar("T")
 Message = Callable[[], None]
+
+
+QUEUE_LIMIT = 1024
+"""Requests that may wait."""
 
 
 class Mailbox:
@@ -28,6 +32,14 @@ class Mailbox:
             if self.closed:
                 raise EngineError("the model is closed")
             self._messages.put(message)
+
+    def post_request(self, message: Message, waiting: int, limit: int = QUEUE_LIMIT) -> None:
+        """As ``post``; raises ``QueueFull`` where ``limit`` requests wait already, the messages
+        that were not run yet among them.
+        """
+        if self._messages.qsize() + waiting >= limit:
+            raise QueueFull(f"{limit} requests are waiting already; try again later")
+        self.post(message)
 
     def call(self, function: Callable[[], T]) -> T:
         """``function()`` on the owner's thread, waited for; its exception is raised here."""

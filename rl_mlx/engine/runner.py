@@ -96,6 +96,7 @@ class Runner:
         """Give a sequence a row, and start it with what the prefix tree knows of its tokens."""
         row = sequence.row = self.arena.add_row()
         self._owners.append(sequence)
+        self.arena.reserve(sequence.known)  # growing beside running streams, they would wait
         tokens = sequence.tokens(
             0, sequence.known - 1
         )  # the last one is always run, for its logits

@@ -7,12 +7,12 @@ that this is not long.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from rl_mlx.engine.chunk import ChunkSize
 from rl_mlx.engine.sequence import Sequence
-from rl_mlx.errors import QueueFull
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,14 @@ Work = Prefill | Decode
 class Scheduler:
     """Sequences wait, are prefilled one at a time, then run together until they are done.
 
-    At most ``max_rows`` are in the cache at once and at most ``queue_limit`` wait.
-    ``admit(sequence)`` is asked before a waiting one gets a row: is there memory for it?
+    At most ``max_rows`` are in the cache at once. ``admit(sequence)`` is asked before a waiting one
+    gets a row: is there memory for it?
     """
 
     def __init__(
         self,
         *,
         max_rows: int,
-        queue_limit: int,
         admit: Callable[[Sequence], bool],
         chunks: ChunkSize,
     ) -> None:
@@ -53,7 +52,6 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.chunks = chunks
         self._max_rows = max_rows
-        self._queue_limit = queue_limit
         self._admit = admit
         self._decoded_last = True
 
@@ -63,23 +61,21 @@ class Scheduler:
         return not (self.waiting or self.prefilling or self.running)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence behind its equals. Raises ``QueueFull``."""
-        if len(self.waiting) >= self._queue_limit:
-            raise QueueFull(f"{self._queue_limit} requests are waiting already; try again later")
-        self._insert(sequence)
+        """Queue a sequence in the place that its priority and its age give it."""
+        insort(self.waiting, sequence, key=lambda s: s.urgency)
 
     def preempt(self, sequence: Sequence) -> None:
-        """Back to waiting, in the place that its priority and its age give it."""
+        """Back to waiting."""
         self.remove(sequence)
         sequence.is_running = False
-        self._insert(sequence)
+        self.add(sequence)
 
     def victim(self) -> Sequence | None:
         """Who gives way when memory runs out: of the least urgent the last; None if one is left."""
         active = [*self.running, *([self.prefilling] if self.prefilling else [])]
         if len(active) < 2:
             return None
-        return min(active, key=lambda s: (s.request.priority, -s.submitted))
+        return max(active, key=lambda s: s.urgency)
 
     def plan(self) -> Work | None:
         """The next step, or None where there is nothing to start now."""
@@ -110,17 +106,6 @@ class Scheduler:
     def everything(self) -> list[Sequence]:
         """All sequences, wherever they are."""
         return [*self.running, *([self.prefilling] if self.prefilling else []), *self.waiting]
-
-    def _insert(self, sequence: Sequence) -> None:
-        """By priority, then by age."""
-
-        def urgency(s: Sequence) -> tuple[int, float]:
-            return -s.request.priority, s.submitted
-
-        place = len(self.waiting)
-        while place and urgency(self.waiting[place - 1]) > urgency(sequence):
-            place -= 1
-        self.waiting.insert(place, sequence)
 
     def _next(self) -> Sequence | None:
         """The first waiting sequence, if a row and the memory for it are free."""

@@ -70,6 +70,11 @@ class Sequence:
         return (*self.prompt[first:], *self.answer[max(0, first - split) : last - split])
 
     @property
+    def urgency(self) -> tuple[int, float]:
+        """Sorts those that wait: by priority, then by age."""
+        return -self.request.priority, self.submitted
+
+    @property
     def prefilled(self) -> bool:
         """Whether all that is known is in the cache, so that the next token can be made."""
         return self.cached >= self.known

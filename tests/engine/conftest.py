@@ -89,11 +89,10 @@ class Harness:
 
         self.scheduler = Scheduler(
             max_rows=rows,
-            queue_limit=queue,
             admit=lambda s: self.runner.admits(s),
             chunks=chunks or ChunkSize(chunk),
         )
-        self.engine = Engine(start)
+        self.engine = Engine(start, queue)
         self._count = 0
 
     def submit(self, prompt, *, eos=(), priority=0, **params):
@@ -114,10 +113,11 @@ class Harness:
         gate = threading.Event()
         caller = threading.Thread(target=lambda: self.engine.call(lambda _: gate.wait(30)))
         caller.start()
-        answers = [self.submit(p, **params) for p in prompts]
-        gate.set()
-        caller.join()
-        return answers
+        try:
+            return [self.submit(p, **params) for p in prompts]
+        finally:
+            gate.set()
+            caller.join()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rl_mlx.engine.chunk import ChunkSize
-from rl_mlx.errors import EngineError, OutOfMemory
+from rl_mlx.errors import EngineError, OutOfMemory, QueueFull
 from rl_mlx.settings import KVFormat
 from rl_mlx.types import Failed, Finished, Progress
 
@@ -266,6 +266,34 @@ def test_a_failing_step_fails_its_requests_and_the_engine_lives(harness, monkeyp
     broken["on"] = False
     assert engine.submit(prompt).ids == want
     assert_nothing_is_left(engine)
+
+
+@pytest.mark.parametrize("method", ["admits", "enter", "make_room", "decode", "save"])
+def test_whatever_fails_the_engine_serves_on(harness, monkeypatch, method):
+    engine = harness(rows=2)
+    prompt = sequence(1, 10)
+    want = engine.submit(prompt).ids
+    whole = getattr(engine.runner, method)
+    fails = {"left": 1}
+
+    def fail(*args, **options):
+        if fails["left"]:
+            fails["left"] -= 1
+            raise RuntimeError("the device is gone")
+        return whole(*args, **options)
+
+    monkeypatch.setattr(engine.runner, method, fail)
+    answers = engine.together([sequence(i, 70) for i in range(2, 6)])
+    assert sum(isinstance(a.end, Failed) for a in answers) in {1, 2}
+    assert engine.submit(prompt).ids == want
+    assert_nothing_is_left(engine)
+
+
+def test_a_full_queue_refuses_at_once(harness):
+    engine = harness(queue=3)
+    with pytest.raises(QueueFull, match="3 requests are waiting already; try again later"):
+        engine.together([sequence(i, 5) for i in range(5)], max_tokens=2)
+    assert len(engine.submit(sequence(1, 10)).ids) == 16
 
 
 def test_cancelling_at_every_stage(harness):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -10,10 +9,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from rl_mlx.engine.chunk import ChunkSize
 from rl_mlx.engine.scheduler import Decode, Prefill, Scheduler
 from rl_mlx.engine.sequence import Sequence
-from rl_mlx.errors import QueueFull
 from rl_mlx.types import Failed, Finished, Request, SamplingParams
 
-CHUNK, ROWS, QUEUE = 4, 3, 5
+CHUNK, ROWS = 4, 3
 
 
 def make(name, prompt=6, limit=3, priority=0, events=None):
@@ -24,8 +22,8 @@ def make(name, prompt=6, limit=3, priority=0, events=None):
     return Sequence(request, events.append, limit, seed=0), events
 
 
-def make_scheduler(rows, queue, admit=lambda s: True):
-    return Scheduler(max_rows=rows, queue_limit=queue, admit=admit, chunks=ChunkSize(CHUNK))
+def make_scheduler(rows, admit=lambda s: True):
+    return Scheduler(max_rows=rows, admit=admit, chunks=ChunkSize(CHUNK))
 
 
 class Machine(RuleBasedStateMachine):
@@ -34,7 +32,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.memory = True
-        self.scheduler = make_scheduler(ROWS, QUEUE, lambda s: self.memory)
+        self.scheduler = make_scheduler(ROWS, lambda s: self.memory)
         self.all = []
         self.pending = ()
         self.steps_since_decode = 0
@@ -42,11 +40,7 @@ class Machine(RuleBasedStateMachine):
     @rule(prompt=st.integers(1, 12), limit=st.integers(1, 5), priority=st.integers(0, 2))
     def submit(self, prompt, limit, priority):
         sequence, events = make(str(len(self.all)), prompt, limit, priority)
-        try:
-            self.scheduler.add(sequence)
-        except QueueFull:
-            assert len(self.scheduler.waiting) >= QUEUE  # those preempted are let in always
-            return
+        self.scheduler.add(sequence)
         self.all.append((sequence, events))
 
     @rule(data=st.data())
@@ -144,14 +138,14 @@ TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadlin
 
 
 def test_higher_priority_goes_first_and_equals_in_order():
-    scheduler = make_scheduler(1, 9)
+    scheduler = make_scheduler(1)
     for name, priority in [("a", 0), ("b", 1), ("c", 0), ("d", 1)]:
         scheduler.add(make(name, priority=priority)[0])
     assert [s.request.id for s in scheduler.waiting] == ["b", "d", "a", "c"]
 
 
 def test_who_gave_way_goes_on_before_those_who_came_later():
-    scheduler = make_scheduler(2, 9)
+    scheduler = make_scheduler(2)
     first, second, third = (make(name)[0] for name in "abc")
     for sequence in (first, second):
         scheduler.add(sequence)
@@ -162,10 +156,3 @@ def test_who_gave_way_goes_on_before_those_who_came_later():
     scheduler.preempt(scheduler.victim())
     assert [s.request.id for s in scheduler.waiting] == ["b", "c"]
     assert not second.is_running
-
-
-def test_a_full_queue_says_so():
-    scheduler = make_scheduler(1, 1)
-    scheduler.add(make("a")[0])
-    with pytest.raises(QueueFull, match="try again later"):
-        scheduler.add(make("b")[0])

@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from bisect import insort
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,11 +21,10 @@ from rl_mlx.backends.llamacpp.model import CacheFull, Context
 from rl_mlx.backends.llamacpp.slots import Place, Slot, Slots, occupy
 from rl_mlx.engine.mailbox import Mailbox
 from rl_mlx.engine.sequence import Sequence
-from rl_mlx.errors import EngineError, OutOfMemory, QueueFull, RlMlxError
+from rl_mlx.errors import EngineError, OutOfMemory, RlMlxError
 from rl_mlx.sample.host import choose
 
 T = TypeVar("T")
-QUEUE_LIMIT = 1024
 log = logging.getLogger(__name__)
 
 
@@ -67,13 +68,11 @@ class Engine:
 
     def submit(self, run: Sequence) -> None:
         """Queue a request. Raises ``QueueFull``, or ``EngineError`` after ``close``."""
-        if len(self._waiting) >= QUEUE_LIMIT:
-            raise QueueFull(f"{QUEUE_LIMIT} requests are waiting already; try again later")
-        self._mailbox.post(lambda: self._add(run))
+        self._mailbox.post_request(lambda: self._add(run), len(self._waiting))
 
     def cancel(self, request_id: str) -> None:
         """End a request; unknown ids are ignored."""
-        if not self._mailbox.closed:
+        with suppress(EngineError):  # after the end there is nothing to cancel
             self._mailbox.post(lambda: self._cancel(request_id))
 
     def call(self, function: Callable[[], T]) -> T:
@@ -115,10 +114,10 @@ class Engine:
         if run.limit == 0:
             run.finish("length")
             return
-        place = len(self._waiting)
-        while place and self._waiting[place - 1].request.priority < run.request.priority:
-            place -= 1
-        self._waiting.insert(place, run)
+        self._wait(run)
+
+    def _wait(self, run: Sequence) -> None:
+        insort(self._waiting, run, key=lambda s: s.urgency)
 
     def _cancel(self, request_id: str) -> None:
         for run in self._waiting:
@@ -244,7 +243,7 @@ class Engine:
             slot.run.fail(OutOfMemory("the KV cache is too small for this request"))
             self._leave(slot)
         elif slot.run is not None:
-            self._waiting.insert(0, slot.run)
+            self._wait(slot.run)
             self._leave(slot)
             self._crowded = True
         self._context.keep(slot.id, 0)
