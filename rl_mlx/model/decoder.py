@@ -70,7 +70,7 @@ class Decoder:
         self.plan = plan
         self.dtype = dtype
         self._embedding = embedding
-        self._blocks = blocks
+        self.blocks = tuple(blocks)
         self._norm = norm
         self._head = head
         self._positions = positions
@@ -82,15 +82,29 @@ class Decoder:
 
     def forward(self, tokens: mx.array, step: Step) -> mx.array:
         """Hidden states ``[B, S, hidden]``, normed, of token ids ``[B, S]``."""
+        return self.through(self.embed(tokens, step), step)
+
+    def embed(self, tokens: mx.array, step: Step) -> mx.array:
+        """What goes into the first block, ``[B, S, hidden]``."""
         x = self._embedding.rows(tokens).astype(self.dtype)
         if self.plan.embed_scale != 1.0:
             x = x * mx.array(self.plan.embed_scale, self.dtype)
         if self._positions is not None:
             at = mx.array(step.offset).reshape(-1, 1) + mx.arange(tokens.shape[1])
             x = x + self._positions.rows(at).astype(self.dtype)
-        for block in self._blocks:
+        return x
+
+    def through(self, x: mx.array, step: Step, first: int = 0) -> mx.array:
+        """What goes into the block ``first``, taken through it and all after it, and normed."""
+        for block in self.blocks[first:]:
             x = block(x, step)
         return self._norm(x)
+
+    def with_blocks(self, blocks: Sequence[Block]) -> Decoder:
+        """One with these blocks; all else is shared."""
+        return Decoder(
+            self.plan, self._embedding, blocks, self._norm, self._head, self.dtype, self._positions
+        )
 
     def head(self, hidden: mx.array) -> mx.array:
         """Logits ``[..., vocab]`` of hidden states ``[..., hidden]``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -63,6 +64,26 @@ def load_decoder(
     return _Builder(weights, plan, dtype, exact).decoder()
 
 
+def reload(decoder: Decoder, weights: Weights, dtype: FloatType, name: str) -> Decoder:
+    """``decoder`` with the part that holds the tensor ``name`` read anew, from ``weights``.
+
+    The rest is shared. For experiments with a tensor at a time.
+    """
+    build = _Builder(weights, decoder.plan, dtype, exact=False)
+    layer = layer_of(decoder, name)
+    if layer is None:
+        return build.decoder(decoder.blocks)
+    blocks = list(decoder.blocks)
+    blocks[layer] = build.block(layer)
+    return decoder.with_blocks(blocks)
+
+
+def layer_of(decoder: Decoder, name: str) -> int | None:
+    """The index of the block that the tensor ``name`` is part of; None for embeddings and head."""
+    layers = f"model.{decoder.plan.names.layers}."
+    return int(name.removeprefix(layers).split(".")[0]) if name.startswith(layers) else None
+
+
 class _Builder:
     """Reads tensors by canonical name and makes modules of them."""
 
@@ -80,18 +101,19 @@ class _Builder:
         self._dtype = DTYPES[dtype]
         self._present = set(weights.names())
 
-    def decoder(self) -> Decoder:
+    def decoder(self, blocks: Sequence[Block] | None = None) -> Decoder:
         plan = self._plan
         embedding = self._matrix(f"model.{plan.names.embedding}")
         at = plan.names.positions
         positions = self._matrix(f"model.{at}") if at else None
-        blocks = [self._block(i) for i in range(len(plan.layers))]
+        if blocks is None:
+            blocks = [self.block(i) for i in range(len(plan.layers))]
         tied = plan.tied or "lm_head.weight" not in self._present
         head = Linear(embedding) if tied else self._linear("lm_head", plan.head_bias)
         norm = self._norm(f"model.{plan.names.final_norm}", plan.norm_bias)
         return Decoder(plan, embedding, blocks, norm, head, self._dtype, positions)
 
-    def _block(self, index: int) -> Block:
+    def block(self, index: int) -> Block:
         names, layer = self._plan.names, self._plan.layers[index]
         at = f"model.{names.layers}.{index}."
         if isinstance(layer.mixer, ConvPlan):

@@ -16,6 +16,11 @@ from rl_mlx.text.tokenizer import Tokenizer
 VOCAB = 3 + 26
 
 
+@pytest.fixture(autouse=True)
+def _drawn_without_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "agg")
+
+
 @pytest.fixture(scope="session")
 def letters(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """A vocabulary of small letters, with a BOS."""

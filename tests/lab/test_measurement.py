@@ -49,9 +49,6 @@ def test_a_table_for_jupyter(result):
 
 
 def test_a_plot_has_a_title_and_units(result):
-    import matplotlib as mpl
-
-    mpl.use("agg")
     ax = result.plot()
     assert ax.get_title(loc="left")
     assert ax.get_xlabel()

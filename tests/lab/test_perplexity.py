@@ -23,7 +23,7 @@ from tests.lab.conftest import VOCAB, NumpyLlama, by_last
     count=st.integers(2, 60), window=st.integers(2, 60), stride=st.integers(1, 60),
     bos=st.sampled_from([None, 1]),
 )  # fmt: skip
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 def test_every_token_is_predicted_once_from_what_is_before_it(count, window, stride, bos):
     ids = np.arange(100, 100 + count, dtype=np.int32)
     cut = Passage(
