@@ -32,7 +32,8 @@ class Family:
     ``read`` makes a config of GGUF metadata and ``write`` metadata of a config, both on top of what
     all families say in the same words. ``sanitize`` brings the tensors of a Hugging Face folder to
     their canonical names and layouts; ``change(config, name)`` says how a GGUF file's tensor
-    differs from the canonical one by more than its name. ``defaults`` are those of transformers'
+    differs from the canonical one by more than its name, and ``older`` how it does in files that
+    lack the tensor of its name. ``defaults`` are those of transformers'
     config class that readers must know.
     """
 
@@ -44,4 +45,5 @@ class Family:
     write: Callable[[Config], Fields]
     sanitize: Callable[[Config, Arrays], Arrays] = _as_it_is
     change: Callable[[Config, str], Change | None] = _unchanged
+    older: Callable[[Config, str], Change | None] = _unchanged
     defaults: Mapping[str, Any] = field(default_factory=dict)

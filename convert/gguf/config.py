@@ -64,7 +64,8 @@ def _common(keys: Keys) -> Fields:
         raise UnsupportedModel(
             f"{keys.path}: a model for embeddings, which sees what follows and generates no text"
         )
-    if keys.count("attention.value_length", keys.head_dim) != keys.head_dim:
+    latent = keys.has("attention.kv_lora_rank")
+    if keys.count("attention.value_length", keys.head_dim) != keys.head_dim and not latent:
         raise UnsupportedModel(
             f"{keys.path}: values of another width than keys are not supported on MLX; "
             "try --backend llama.cpp"

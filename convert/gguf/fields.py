@@ -142,7 +142,7 @@ def _original(config: Config, rope: Mapping[str, Any]) -> int:
 def _yarn(config: Config, rope: Mapping[str, Any]) -> Fields:
     """llama.cpp multiplies by its own magnitude, ``0.1 ln(factor) + 1``: a given one is divided."""
     factor = float(rope["factor"])
-    if rope.get("mscale") or rope.get("mscale_all_dim"):
+    if rope.get("mscale_all_dim") and config["model_type"] not in FAMILIES:
         raise UnsupportedModel("YaRN with 'mscale' cannot be exported to GGUF yet")
     found: Fields = {
         "rope.scaling.type": "yarn",

@@ -18,7 +18,8 @@ class Keys:
         self.file = file
         self.path = file.paths[0]
         self.arch = arch
-        self.layers = self.count("block_count")
+        # Blocks that guess the tokens after the next one (MTP) come last, and are left alone.
+        self.layers = self.count("block_count") - file.int(f"{arch}.nextn_predict_layers", 0)
         self.hidden = self.count("embedding_length")
         self.heads = max(self.per_layer("attention.head_count"))
         self.head_dim = self.count("attention.key_length", self.hidden // max(self.heads, 1))

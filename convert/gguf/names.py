@@ -24,7 +24,7 @@ _ATTENTION = {
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
-    "self_attn.sinks": "attn_sinks",
+    "self_attn.sinks": "attn_sinks.weight",
 }
 _DENSE = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 _PRE_NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
@@ -99,8 +99,8 @@ _BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)", re.DOTALL)
 def gguf_name(model_type: str, name: str) -> str:
     """The GGUF name of the tensor with the canonical ``name``; ``KeyError`` where there is none."""
     module, dot, kind = name.rpartition(".")
-    if kind not in {"weight", "bias"}:  # a bare parameter, as attention sinks are
-        module, dot, kind = name, ".", "weight"
+    if kind not in {"weight", "bias"}:  # a bare parameter, whose name is whole there
+        module, dot, kind = name, "", ""
     match = _BLOCK.fullmatch(module)
     if match is None:
         return f"{_TOP[module]}{dot}{kind}"

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rl_mlx.convert import layout
+from rl_mlx.convert.families import FAMILIES
 from rl_mlx.convert.gguf.blocks import block
 from rl_mlx.convert.gguf.config import gguf_config
 from rl_mlx.convert.gguf.fields import INTERLEAVED
@@ -22,7 +23,13 @@ from rl_mlx.convert.gguf.types import GGMLType
 from rl_mlx.convert.weights import Dense, FloatType, Tensor, Weights
 from rl_mlx.errors import FormatError
 
+_BLOCK = re.compile(r"blk\.(\d+)\.")
 _DERIVED = re.compile(r"blk\.\d+\.attn_rot_embd\.\w+|.*rotary_emb\.inv_freq")
+
+
+def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without its axes of 1."""
+    return tuple(n for n in shape if n != 1)
 
 
 class GGUFWeights(Weights):
@@ -52,6 +59,7 @@ class GGUFWeights(Weights):
             name: found for name in self._expected if (found := change(self.config, name))
         }
         self._sources = gguf_names(self.config["model_type"], self._expected, file.tensors)
+        self._use_older()
         self._check()
 
     def names(self) -> list[str]:
@@ -145,6 +153,16 @@ class GGUFWeights(Weights):
         shape = self._file.tensors[self._sources[name]].shape
         return math.prod(shape[:-1]) if len(shape) > 1 else shape[0]
 
+    def _use_older(self) -> None:
+        """Take what older files have in the place of tensors that this one lacks."""
+        family, tensors = FAMILIES.get(self.config["model_type"]), self._file.tensors
+        if family is None:
+            return
+        for name in [name for name, source in self._sources.items() if source not in tensors]:
+            found = family.older(self.config, name)
+            if found is not None and found.source is not None and found.source in tensors:
+                self._changes[name], self._sources[name] = found, found.source
+
     def _check(self) -> None:
         """Compare the tensors of the file with those that its metadata asks for."""
         tensors, sources = self._file.tensors, self._sources
@@ -156,8 +174,11 @@ class GGUFWeights(Weights):
         found = {
             name: info.shape
             for name, info in tensors.items()
-            if name in expected or not (name in factors or _DERIVED.fullmatch(name))
+            if name in expected or not (name in factors or self._is_unused(name))
         }
+        for name, shape in found.items():  # converters keep axes of 1, or not
+            if name in expected and squeezed(shape) == squeezed(expected[name]):
+                found[name] = expected[name]
         layout.check(self.path, expected, found)
         for name in expected:
             if len(tensors[name].shape) == 1 and tensors[name].type.block_size > 1:
@@ -165,6 +186,12 @@ class GGUFWeights(Weights):
                     f"{self.path}: tensor {name!r} must not be quantized, but is "
                     f"{tensors[name].type.name}; use another version of the model"
                 )
+
+    def _is_unused(self, name: str) -> bool:
+        """Whether a tensor of the file follows from others, or is of a block past the last one."""
+        block = _BLOCK.match(name)
+        past = block is not None and int(block[1]) >= self.config["num_hidden_layers"]
+        return past or _DERIVED.fullmatch(name) is not None
 
     def _shape_in_file(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         done = self._changes.get(name)

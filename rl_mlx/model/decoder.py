@@ -8,10 +8,13 @@ import mlx.core as mx
 
 from rl_mlx.model.attention import Attention
 from rl_mlx.model.layers import Linear, Matrix, Norm
+from rl_mlx.model.mla import LatentAttention
 from rl_mlx.model.mlp import MLP, MoE, PlainMLP
 from rl_mlx.model.plan import CacheSpec, DecoderPlan, cache_specs
 from rl_mlx.model.shortconv import ShortConv
 from rl_mlx.model.step import Step
+
+Mixer = Attention | LatentAttention | ShortConv
 
 
 class Block:
@@ -23,7 +26,7 @@ class Block:
     def __init__(
         self,
         plan: DecoderPlan,
-        mixer: Attention | ShortConv,
+        mixer: Mixer,
         mlp: MLP | PlainMLP | MoE,
         norms: tuple[Norm | None, Norm | None],
         post_norms: tuple[Norm | None, Norm | None],

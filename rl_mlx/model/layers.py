@@ -32,8 +32,8 @@ class DenseMatrix:
     weight: mx.array
 
     def multiply(self, x: mx.array) -> mx.array:
-        """``x @ weight.T``."""
-        return x @ self.weight.T
+        """``x`` times the matrix's transpose; of matrices of heads, each head's with its own."""
+        return x @ self.weight.swapaxes(-1, -2)
 
     def gather(self, x: mx.array, experts: mx.array, *, ordered: bool) -> mx.array:
         """``x`` times the matrix of the expert named for each row."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from rl_mlx.convert.weights import Dense, FloatType, Weights
 from rl_mlx.errors import FormatError, UnsupportedModel
 from rl_mlx.model.attention import Attention
-from rl_mlx.model.decoder import Block, Decoder
+from rl_mlx.model.decoder import Block, Decoder, Mixer
 from rl_mlx.model.families import FAMILIES
 from rl_mlx.model.layers import (
     DenseMatrix,
@@ -26,8 +26,17 @@ from rl_mlx.model.layers import (
     SplitLinear,
     laid_out,
 )
+from rl_mlx.model.mla import LatentAttention, Queries
 from rl_mlx.model.mlp import MLP, ExpertLinear, MoE, PlainMLP, Router, SharedExpert
-from rl_mlx.model.plan import AttentionPlan, ConvPlan, DecoderPlan, MLPPlan, MoEPlan
+from rl_mlx.model.plan import (
+    AttentionPlan,
+    ConvPlan,
+    DecoderPlan,
+    LatentPlan,
+    MixerPlan,
+    MLPPlan,
+    MoEPlan,
+)
 from rl_mlx.model.rope import Rope
 from rl_mlx.model.shortconv import ShortConv
 
@@ -116,10 +125,7 @@ class _Builder:
     def block(self, index: int) -> Block:
         names, layer = self._plan.names, self._plan.layers[index]
         at = f"model.{names.layers}.{index}."
-        if isinstance(layer.mixer, ConvPlan):
-            mixer: Attention | ShortConv = self._conv(index, f"{at}conv.", layer.mixer)
-        else:
-            mixer = self._attention(index, f"{at}{names.attention}.", layer.mixer)
+        mixer = self._mixer(index, at, layer.mixer)
         at_mlp = f"{at}{names.mlp}."
         if isinstance(layer.mlp, MoEPlan):
             mlp: MLP | PlainMLP | MoE = self._moe(at_mlp, layer.mlp)
@@ -131,6 +137,14 @@ class _Builder:
             self._optional_norm(at, names.mlp_post_norm),
         )
         return Block(self._plan, mixer, mlp, norms, post_norms)
+
+    def _mixer(self, index: int, at: str, plan: MixerPlan) -> Mixer:
+        if isinstance(plan, ConvPlan):
+            return self._conv(index, f"{at}conv.", plan)
+        at = f"{at}{self._plan.names.attention}."
+        if isinstance(plan, LatentPlan):
+            return self._latent_attention(index, at, plan)
+        return self._attention(index, at, plan)
 
     def _attention(self, index: int, at: str, plan: AttentionPlan) -> Attention:
         names = self._plan.names
@@ -154,6 +168,18 @@ class _Builder:
         sinks = self._small(f"{at}sinks") if plan.sinks else None
         out = self._linear(at + names.out, plan.out_bias)
         return Attention(index, plan, qkv, out, rope, norms, sinks)
+
+    def _latent_attention(self, index: int, at: str, plan: LatentPlan) -> LatentAttention:
+        if plan.query_latent is None:
+            queries = Queries(None, self._linear(f"{at}q_proj", has_bias=False))
+        else:
+            down = self._linear(f"{at}q_a_proj", plan.bias), self._rms(f"{at}q_a_layernorm")
+            queries = Queries(down, self._linear(f"{at}q_b_proj", has_bias=False))
+        compress = self._linear(f"{at}kv_a_proj_with_mqa", plan.bias)
+        heads = self._matrix(f"{at}embed_q"), self._matrix(f"{at}unembed_out")
+        out = self._linear(f"{at}o_proj", plan.bias)
+        norm, rope = self._rms(f"{at}kv_a_layernorm"), Rope(plan.rope)
+        return LatentAttention(index, plan, queries, compress, norm, heads, out, rope)
 
     def _conv(self, index: int, at: str, plan: ConvPlan) -> ShortConv:
         kernel = self._small(f"{at}conv.weight")
@@ -202,12 +228,16 @@ class _Builder:
 
     def _norm(self, name: str, has_bias: bool) -> Norm:
         plan = self._plan
+        if plan.norm == "rms":
+            return self._rms(name)
         weight = self._array(f"{name}.weight") + plan.norm_offset
         weight = _evaluated(weight.astype(self._dtype))
-        if plan.norm == "rms":
-            return RMSNorm(weight, plan.norm_eps)
         bias = self._small(f"{name}.bias") if has_bias else None
         return LayerNorm(weight, bias, plan.norm_eps)
+
+    def _rms(self, name: str) -> RMSNorm:
+        weight = self._array(f"{name}.weight") + self._plan.norm_offset
+        return RMSNorm(_evaluated(weight.astype(self._dtype)), self._plan.norm_eps)
 
     def _matrix(self, name: str) -> Matrix:
         tensor = self._load(f"{name}.weight")

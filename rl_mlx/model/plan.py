@@ -50,6 +50,24 @@ class AttentionPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentPlan:
+    """Latent attention (DeepSeek): keys and values of all ``heads`` come of ``latent`` numbers.
+
+    A head's query and key have ``nope_dim`` numbers without a position and those that ``rope``
+    turns, of which the key's are shared. ``query_latent``: queries go through so many numbers too.
+    """
+
+    heads: int
+    latent: int
+    query_latent: int | None
+    nope_dim: int
+    value_dim: int
+    scale: float
+    rope: RopePlan
+    bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConvPlan:
     """Gated short convolution (LFM2): causal and depthwise, of ``taps`` over the hidden size."""
 
@@ -138,11 +156,14 @@ class Names:
     final_norm: str = "norm"
 
 
+MixerPlan = AttentionPlan | LatentPlan | ConvPlan
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
     """One block: a mixer (attention or convolution) and a feed-forward layer."""
 
-    mixer: AttentionPlan | ConvPlan
+    mixer: MixerPlan
     mlp: MLPPlan | MoEPlan
 
 
@@ -201,9 +222,12 @@ CacheSpec = KVSpec | StateSpec
 
 def cache_specs(plan: DecoderPlan) -> tuple[CacheSpec, ...]:
     """What each layer of ``plan`` keeps."""
-    return tuple(
-        KVSpec(m.kv_heads, m.head_dim, m.head_dim, m.window)
-        if isinstance(m := layer.mixer, AttentionPlan)
-        else StateSpec(m.taps, plan.hidden)
-        for layer in plan.layers
-    )
+    return tuple(_spec(layer.mixer, plan.hidden) for layer in plan.layers)
+
+
+def _spec(mixer: MixerPlan, hidden: int) -> CacheSpec:
+    if isinstance(mixer, AttentionPlan):
+        return KVSpec(mixer.kv_heads, mixer.head_dim, mixer.head_dim, mixer.window)
+    if isinstance(mixer, LatentPlan):
+        return KVSpec(1, mixer.latent + mixer.rope.dims, mixer.latent)
+    return StateSpec(mixer.taps, hidden)

@@ -10,6 +10,7 @@ from typing import Any
 
 from rl_mlx.model.families import (
     cohere,
+    deepseek,
     ernie,
     exaone,
     gemma,
@@ -48,6 +49,13 @@ FAMILIES: Mapping[str, Planner] = MappingProxyType(
         "phi3": phi3.plan,
         "gpt_oss": gpt_oss.plan,
         "lfm2": lfm2.plan,
+        "deepseek_v2": deepseek.plan_v2,
+        "deepseek_v3": deepseek.plan_v3,
+        "kimi_k2": deepseek.plan_v3,
+        "glm4_moe_lite": deepseek.plan_v3,
+        "glm4_moe": glm.plan_moe,
+        "ernie4_5_moe": ernie.plan_moe,
+        "granitemoe": granite.plan_moe,
         "cohere": cohere.plan_cohere,
         "cohere2": cohere.plan_cohere2,
         "ernie4_5": ernie.plan,

@@ -1,8 +1,9 @@
-"""GLM 4 (0414): norms on the way into the branches and out, half of each head rotated."""
+"""GLM 4 (0414), with norms on the way into the branches and out, and GLM 4.5 with experts."""
 
 from __future__ import annotations
 
 from rl_mlx.model.families.common import Config, attention, base, mlp
+from rl_mlx.model.families.deepseek import mixture, sigmoid_router
 from rl_mlx.model.plan import DecoderPlan, LayerPlan, Names
 
 _NAMES = Names(mixer_post_norm="post_self_attn_layernorm", mlp_post_norm="post_mlp_layernorm")
@@ -20,3 +21,19 @@ def plan(config: Config, context: int) -> DecoderPlan:
     )
     eps = float(config.get("rms_norm_eps", 1.5625e-07))
     return DecoderPlan(layers=layers, names=_NAMES, **base(config, context, norm_eps=eps))
+
+
+def plan_moe(config: Config, context: int) -> DecoderPlan:
+    """GLM 4.5 and later: DeepSeek's experts under plain attention, a part of each head rotated."""
+    bias, normed = bool(config.get("attention_bias", False)), bool(config.get("use_qk_norm", False))
+    moe = mixture(config, sigmoid_router(config))
+    partial = {"partial_rotary_factor": 0.5, **config}
+    dense = config.get("first_k_dense_replace") or 0
+    layers = tuple(
+        LayerPlan(
+            mixer=attention(partial, context, i, bias=bias, qk_norm=normed),
+            mlp=mlp(config) if i < dense else moe,
+        )
+        for i in range(config["num_hidden_layers"])
+    )
+    return DecoderPlan(layers=layers, names=Names(shared="shared_experts"), **base(config, context))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rl_mlx.model.families.common import Config, attention, base, mlp
-from rl_mlx.model.plan import DecoderPlan, LayerPlan
+from rl_mlx.model.plan import DecoderPlan, LayerPlan, MoEPlan, Names, RouterPlan
 
 
 def plan(config: Config, context: int) -> DecoderPlan:
@@ -20,6 +20,22 @@ def plan(config: Config, context: int) -> DecoderPlan:
         for i in range(config["num_hidden_layers"])
     )
     return DecoderPlan(layers=layers, **multipliers(config), **base(config, context))
+
+
+def plan_moe(config: Config, context: int) -> DecoderPlan:
+    """Granite 3 with experts in every layer."""
+    bias = bool(config.get("attention_bias", False))
+    scale = float(config.get("attention_multiplier", 1.0))
+    router = RouterPlan(experts=config["num_local_experts"], active=config["num_experts_per_tok"])
+    moe = MoEPlan(router=router, inner=config["intermediate_size"])
+    layers = tuple(
+        LayerPlan(
+            mixer=attention(config, context, i, scale=scale, bias=bias, out_bias=bias), mlp=moe
+        )
+        for i in range(config["num_hidden_layers"])
+    )
+    names = Names(mlp="block_sparse_moe", router="router.layer")
+    return DecoderPlan(layers=layers, names=names, **multipliers(config), **base(config, context))
 
 
 def multipliers(config: Config) -> dict[str, Any]:
