@@ -248,5 +248,5 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
     "deepseek_v2": _family("DeepseekV2ForCausalLM"),
     "deepseek_v3": _family("DeepseekV3ForCausalLM"),
     "kimi_k2": _family("DeepseekV3ForCausalLM"),
-    "glm4_moe_lite": _family("Glm4MoeLiteForCausalLM", first_k_dense_replace=1),
+    "glm4_moe_lite": _family("Glm4MoeLiteForCausalLM", first_k_dense_replace=1, rms_norm_eps=1e-5),
 })  # fmt: skip

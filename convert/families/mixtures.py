@@ -233,6 +233,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
         read=_read_glm,
         write=_write_glm,
         sanitize=_glm_arrays,
+        defaults=MappingProxyType({"rms_norm_eps": 1e-5}),
     ),
     "ernie4_5_moe": Family(
         architecture="ernie4_5-moe",
@@ -242,7 +243,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
         read=_read_ernie,
         write=_write_ernie,
         sanitize=_ernie_arrays,
-        defaults=MappingProxyType({"tie_word_embeddings": True}),
+        defaults=MappingProxyType({"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
     ),
     "granitemoe": Family(
         architecture="granitemoe",
