@@ -66,6 +66,11 @@ def unpack(words: npt.NDArray[np.uint32], bits: int) -> npt.NDArray[np.uint8]:
     octets = np.ascontiguousarray(words, dtype="<u4").view(np.uint8)
     if bits == 8:
         return octets.reshape(shape)
+    if bits == 4:
+        pairs = np.empty((octets.size, 2), np.uint8)
+        np.bitwise_and(octets.reshape(-1), np.uint8(15), out=pairs[:, 0])
+        np.right_shift(octets.reshape(-1), np.uint8(4), out=pairs[:, 1])
+        return pairs.reshape(shape)
     lanes = np.zeros((octets.size // bits, 8), np.uint8)  # eight codes each
     lanes[:, :bits] = octets.reshape(-1, bits)
     shifts = np.arange(0, 8 * bits, bits, dtype=np.uint64)

@@ -174,7 +174,8 @@ def _compact(sample: Sample, kind: GGMLType, scales: FloatType) -> Choice:
     return Choice(tuple(h for h, _ in measured), measured[0][1])
 
 
-def _repackings(kind: GGMLType, columns: int) -> list[Container]:
+@cache
+def _repackings(kind: GGMLType, columns: int) -> tuple[Container, ...]:
     """The containers that blocks of a type can be moved to, the narrowest first."""
     found = []
     for bits in WIDTHS:
@@ -182,7 +183,7 @@ def _repackings(kind: GGMLType, columns: int) -> list[Container]:
             found.append(container(kind, columns, bits))
         except InvalidRequest:  # too narrow for the type's levels
             continue
-    return found
+    return tuple(found)
 
 
 def _held(made: Container, dtype: FloatType, *, lossless: bool = False) -> Holding:

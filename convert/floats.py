@@ -19,19 +19,47 @@ DTYPES: MappingProxyType[FloatType, np.dtype[Any]] = MappingProxyType(
 )
 
 
+# Bits of float32 from which on a magnitude is rounded to infinity, and is no subnormal, in float16.
+_HALF_INFINITE, _HALF_NORMAL = np.uint32(0x477FF000), np.uint32(0x38800000)
+
+
 def narrow(values: npt.NDArray[np.float32], dtype: FloatType) -> npt.NDArray[Any]:
     """Round float32 to ``dtype``, to nearest even; what is too large becomes infinite.
 
     NumPy warns of an overflow unless the caller has said (``np.errstate``) that it need not.
     """
-    if dtype != "bfloat16":
-        return values.astype(DTYPES[dtype], copy=False)
+    if dtype == "float32":
+        return values.astype(np.float32, copy=False)
+    if dtype == "float16":
+        return _halves(np.ascontiguousarray(values))
     wide = values.view(np.uint32)
     upper = wide >> np.uint32(16)
     rounded = wide + ((upper & np.uint32(1)) + np.uint32(0x7FFF))
     rounded >>= np.uint32(16)
     # Rounding must not carry a NaN into infinity: it is cut, and a bit of its payload set.
     return np.where(np.isnan(values), upper | np.uint32(0x40), rounded).astype(np.uint16)
+
+
+def _halves(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
+    """The same as ``astype``, which takes twice as long, and for subnormals twenty times."""
+    wide = values.view(np.uint32)
+    size = wide & np.uint32(0x7FFFFFFF)
+    if size.max(initial=0) >= _HALF_INFINITE:
+        return values.astype(np.float16)
+    bits = size >> np.uint32(13)
+    bits &= np.uint32(1)
+    bits += np.uint32(0x1_0000_0FFF - ((127 - 15) << 23))  # rounds to even, and moves the exponent
+    bits += size
+    bits >>= np.uint32(13)
+    halves = bits.astype(np.uint16)
+    small = np.flatnonzero(size < _HALF_NORMAL)
+    if len(small):
+        steps = np.abs(values.reshape(-1)[small]) * np.float32(1 << 24)
+        halves.reshape(-1)[small] = np.rint(steps).astype(np.uint16)
+    sign = wide >> np.uint32(16)
+    sign &= np.uint32(0x8000)
+    halves |= sign.astype(np.uint16)
+    return halves.view(np.float16)
 
 
 def overflows(half: npt.NDArray[np.float16], values: npt.NDArray[np.float32]) -> bool:

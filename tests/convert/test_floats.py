@@ -5,6 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rl_mlx.convert.floats import DTYPES, narrow, overflows, widen
 
@@ -24,6 +26,24 @@ def test_narrowing_is_mlx_s(dtype: str) -> None:
     assert made.dtype == DTYPES[dtype]
     expected = mx.array(values()).astype(getattr(mx, dtype)).astype(mx.float32)
     assert np.array_equal(back, np.array(expected), equal_nan=True)
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), max_size=40))
+@settings(deadline=None)
+def test_halves_are_numpys(numbers: list[float]) -> None:
+    values = np.array(numbers, np.float32)
+    with np.errstate(over="ignore"):
+        got, expected = narrow(values, "float16"), values.astype(np.float16)
+    assert np.array_equal(got.view(np.uint16), expected.view(np.uint16))
+
+
+def test_halves_halfway_and_beside_every_half() -> None:
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    middle = (halves[:-1] + halves[1:]) / 2
+    values = np.concatenate([halves, middle, np.nextafter(middle, 0), np.nextafter(middle, 9e9)])
+    for signed in (values, -values):
+        got = narrow(signed.astype(np.float32), "float16").view(np.uint16)
+        assert np.array_equal(got, signed.astype(np.float16).view(np.uint16))
 
 
 def test_every_bfloat16_comes_back() -> None:
