@@ -1,4 +1,4 @@
-"""An MLX folder, as ``mlx_lm.load`` reads it: written tensor by tensor, and never half there.
+"""An MLX folder, as ``mlx_lm.load`` reads it: written tensor by tensor.
 
 The safetensors header goes before the data but is known after it, so room for it is kept and filled
 up with spaces, as the format allows.
@@ -6,13 +6,10 @@ up with spaces, as the format allows.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +21,6 @@ import numpy.typing as npt
 from rl_mlx.convert.floats import DTYPES
 from rl_mlx.convert.pieces import Holding
 from rl_mlx.convert.weights import Dense, Tensor
-from rl_mlx.errors import DestinationExists, OutOfMemory
 
 SHARD_BYTES = 5_000_000_000
 """Of a file; a larger tensor has a file to itself."""
@@ -32,76 +28,6 @@ _FLOATS: Mapping[str, str] = MappingProxyType(
     {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 )
 _ENTRY = 160  # bytes of JSON that a tensor's type, shape and place take at most, for 4 axes
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-
-
-@contextmanager
-def staged(destination: Path, *, force: bool) -> Iterator[Path]:
-    """A new folder beside ``destination``, which takes its name when all went well.
-
-    Else it is removed, as is what a killed process has left. Raises ``DestinationExists`` where
-    something is in the way (with ``force`` only a model folder is replaced, and after the new one
-    is complete), and ``OutOfMemory`` where the disk is full.
-    """
-    _sweep(destination)
-    _check_free(destination, force=force)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    part, old = (_beside(destination, end, os.getpid()) for end in ("part", "old"))
-    try:
-        part.mkdir()
-        yield part
-        if destination.exists():
-            destination.rename(old)
-        part.rename(destination)
-    except OSError as error:
-        if error.errno in _NO_ROOM:
-            raise OutOfMemory(
-                f"{destination}: the disk is full; make room and start again"
-            ) from error
-        raise
-    finally:
-        if old.exists() and not destination.exists():
-            old.rename(destination)
-        for left in (part, old):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _check_free(destination: Path, *, force: bool) -> None:
-    if not os.path.lexists(destination):
-        return
-    if not force:
-        raise DestinationExists(f"{destination} exists; choose another name or use --force")
-    holds = [p.name for p in destination.iterdir()] if destination.is_dir() else [""]
-    if destination.is_symlink() or (holds and "config.json" not in holds):
-        raise DestinationExists(
-            f"{destination} is no model folder, so even --force leaves it; choose another name"
-        )
-
-
-def _beside(destination: Path, end: str, process: int | str) -> Path:
-    return destination.with_name(f".{destination.name}.{process}.{end}")
-
-
-def _sweep(destination: Path) -> None:
-    """Remove what killed processes left; a model that one had moved aside comes back."""
-    for end in ("old", "part"):
-        for left in destination.parent.glob(_beside(destination, end, "*").name):
-            owner = left.name.split(".")[-2]
-            if not owner.isdigit() or _is_alive(int(owner)):
-                continue
-            if end == "old" and not destination.exists():
-                left.rename(destination)
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        return True
-    return process != os.getpid()  # an earlier one had the number of this
 
 
 @dataclass(frozen=True)
@@ -290,17 +216,3 @@ def _words(holding: Holding) -> dict[str, Any]:
 def write_json(path: Path, value: Any) -> None:
     """Indented, as people and ``git diff`` want it."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def check_disk(destination: Path, needed: int) -> None:
-    """Raise ``OutOfMemory`` where ``needed`` bytes do not fit on the disk of ``destination``."""
-    place = destination.absolute().parent
-    while not place.exists():
-        place = place.parent
-    with suppress(OSError):
-        free = shutil.disk_usage(place).free
-        if free < needed:
-            raise OutOfMemory(
-                f"{destination} takes {needed / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB "
-                "left; make room or choose another disk"
-            )

@@ -23,9 +23,7 @@ from rl_mlx.convert import layout
 from rl_mlx.convert.checkpoint import (
     SHARD_BYTES,
     ShardWriter,
-    check_disk,
     mlx_config,
-    staged,
     write_json,
 )
 from rl_mlx.convert.chunks import THREADS
@@ -39,6 +37,7 @@ from rl_mlx.convert.open import open_weights
 from rl_mlx.convert.pieces import Holding, Source, Unfit, hold, source
 from rl_mlx.convert.recipe import Recipe
 from rl_mlx.convert.report import Report, tensor_report, totals
+from rl_mlx.convert.staging import check_disk, new_folder
 from rl_mlx.convert.tokenizer import tokenizer_files
 from rl_mlx.convert.weights import FloatType
 from rl_mlx.errors import FormatError, InvalidRequest, UnsupportedModel
@@ -87,7 +86,7 @@ def convert(
         assert isinstance(weights, (GGUFWeights, FolderWeights))
         _check_paths(weights.path, destination)
         with (
-            staged(destination, force=force) as folder,
+            new_folder(destination, force=force) as folder,
             ThreadPoolExecutor(THREADS, "convert") as pool,
         ):
             work = _Conversion(weights, options, folder, destination, pool, progress)

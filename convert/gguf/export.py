@@ -12,14 +12,13 @@ Which type a tensor has, unless ``quant`` says:
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -28,7 +27,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from rl_mlx.convert.checkpoint import check_disk
 from rl_mlx.convert.chunks import THREADS
 from rl_mlx.convert.exported import ExportReport, measured
 from rl_mlx.convert.fidelity import SAMPLE
@@ -48,12 +46,12 @@ from rl_mlx.convert.gguf.writer import MetadataValue, TensorSpec, header, pad
 from rl_mlx.convert.pieces import Source, source
 from rl_mlx.convert.quantize import dequantize
 from rl_mlx.convert.report import TensorReport
+from rl_mlx.convert.staging import check_disk, new_file
 from rl_mlx.convert.weights import Dense, Packed, Tensor
 from rl_mlx.errors import (
     DestinationExists,
     FormatError,
     InvalidRequest,
-    OutOfMemory,
 )
 
 F32 = npt.NDArray[np.float32]
@@ -101,7 +99,7 @@ def export(
     importance = None if imatrix is None else read_imatrix(Path(imatrix))
     with closing(FolderWeights(folder)) as weights:
         work = _Export(weights, target, made, importance, progress)
-        with _replacing(target) as part:
+        with new_file(target) as part:
             reports = work.run(part)
     return ExportReport(
         source=str(folder),
@@ -363,36 +361,3 @@ def _recorded(folder: Path) -> dict[str, GGMLType]:
         if isinstance(kind, str) and kind in GGMLType.__members__:
             found[str(line["name"])] = GGMLType[kind]
     return found
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A name beside ``target`` to write to, which becomes ``target`` when all went well.
-
-    Else it is removed. What a killed process has left is removed too.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in target.parent.glob(f".{target.name}.*.part"):
-        owner = stale.name.split(".")[-2]
-        if owner.isdigit() and not _is_alive(int(owner)):
-            stale.unlink(missing_ok=True)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        yield part
-        part.replace(target)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutOfMemory(f"{target}: the disk is full; make room and start again") from error
-        raise
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        return True
-    return process != os.getpid()  # an earlier one had the number of this
