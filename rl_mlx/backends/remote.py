@@ -115,16 +115,21 @@ class Client:
                 raise _error(self.url, response.status, response.read())
         return response
 
-    def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """One request and its JSON answer."""
+    def ask(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """One request and the JSON object that answers it."""
         connection = self.connection()
         try:
             with self.send(connection, path, body) as response:
-                return json.loads(response.read())
+                answer = json.loads(response.read())
         except ValueError as error:
             raise EngineError(f"{self.url}{path} did not answer with JSON") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise BackendUnavailable(f"{self.url} broke off: {error}") from error
         finally:
             connection.close()
+        if not isinstance(answer, dict):
+            raise EngineError(f"{self.url}{path} did not answer with a JSON object")
+        return answer
 
 
 @dataclass(eq=False)
@@ -139,6 +144,8 @@ class _Call:
         """Connect; a connection forgets its socket when it hands out the response, so keep it."""
         self.connection.connect()
         self.socket = self.connection.sock
+        if self.cancelled:  # meanwhile
+            self.cancel()
 
     def cancel(self) -> None:
         """From any thread, at any time."""
@@ -250,8 +257,11 @@ class RemoteBackend(Backend):
     def embed(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """See ``Backend.embed``; what is pooled, and how, is the server's choice."""
         body = {"model": self._model, "input": list(ids)}
-        data = self._client.ask("/v1/embeddings", body)["data"]
-        vector = np.asarray(data[0]["embedding"], np.float32)
+        answer = self._client.ask("/v1/embeddings", body)
+        try:
+            vector = np.asarray(answer["data"][0]["embedding"], np.float32)
+        except (LookupError, TypeError, ValueError) as error:
+            raise EngineError(f"{self._client.url} gave no embedding: {error!r}") from error
         unit: npt.NDArray[np.float32] = vector / max(float(np.linalg.norm(vector)), 1e-12)
         return unit
 

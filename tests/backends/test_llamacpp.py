@@ -6,6 +6,8 @@ import ctypes
 import json
 import subprocess
 import sys
+import threading
+from collections import deque
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,7 @@ from rl_mlx.backends.llamacpp import LlamaCppOptions, exported
 from rl_mlx.backends.llamacpp import backend as module
 from rl_mlx.backends.llamacpp.backend import kv_types
 from rl_mlx.backends.llamacpp.library import Library, open_library
-from rl_mlx.backends.llamacpp.model import ALL_LAYERS, KV, layer_counts, prepare
+from rl_mlx.backends.llamacpp.model import ALL_LAYERS, KV, Context, layer_counts, prepare
 from rl_mlx.errors import (
     BackendUnavailable,
     FormatError,
@@ -33,6 +35,7 @@ from rl_mlx.errors import (
 )
 from rl_mlx.settings import ModelSettings
 from rl_mlx.store import ModelFiles
+from rl_mlx.types import Failed
 
 pytestmark = pytest.mark.shared
 TEXT = [1, 403, 407, 261, 378, 432, 383, 286, 261, 376, 298, 315, 421, 395, 317, 426]
@@ -59,9 +62,10 @@ def golden(shared: Path) -> list[int]:
 def test_speculation_changes_nothing_but_the_number_of_steps(
     open_cpp: Any, start: Any, stories: Path, draft: str, temperature: float, unified: bool
 ) -> None:
-    options = {"unified": unified, "draft_tokens": 5}
-    plain = open_cpp(backend_options={"unified": unified})
-    fast = open_cpp(draft=str(stories) if draft == "model" else draft, backend_options=options)
+    options = {"backend_options": {"unified": unified}}
+    plain = open_cpp(**options)
+    reference = str(stories) if draft == "model" else draft
+    fast = open_cpp(draft=reference, draft_tokens=5, **options)
     prompts = [[1], TEXT, TEXT + TEXT[1:] + TEXT[1:9], [1, 5, 6]]
     for backend in (plain, fast):
         calls = [start(backend, p, max_tokens=50, seed=5, temperature=temperature) for p in prompts]
@@ -74,6 +78,33 @@ def test_speculation_changes_nothing_but_the_number_of_steps(
     assert all(t.accepted <= t.drafted for t in timings)
     assert all(t.generated <= t.forwards + t.accepted for t in timings)
     assert sum(t.forwards for t in timings) < sum(t.generated for t in timings)
+
+
+def test_a_draft_model_works_with_the_targets_threads_in_turn(
+    open_cpp: Any, ask: Any, stories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both run on the engine's thread, one after the other, so they never share the cores."""
+    api = open_library().api
+    threads: list[tuple[int, int]] = []
+    used: set[int] = set()
+    make, decode = api.llama_init_from_model, api.llama_decode
+
+    def make_context(model: Any, params: Any) -> Any:
+        threads.append((params.n_threads, params.n_threads_batch))
+        return make(model, params)
+
+    def run(*arguments: Any) -> Any:
+        used.add(threading.get_ident())
+        return decode(*arguments)
+
+    monkeypatch.setattr(api, "llama_init_from_model", make_context)
+    monkeypatch.setattr(api, "llama_decode", run)
+    options = {"threads": 2, "threads_batch": 1}
+    backend = open_cpp(draft=str(stories), draft_tokens=2, backend_options=options)
+    timings = ask(backend, [1], max_tokens=30).finished.timings
+    assert threads == [(2, 1), (2, 1)]
+    assert len(used) == 1
+    assert 0 < timings.drafted <= 2 * timings.forwards
 
 
 @pytest.mark.parametrize("unified", [True, False])
@@ -325,7 +356,7 @@ def test_every_option_reaches_llamacpp(passed: Any) -> None:
     batch = passed(batch=64)
     assert batch["n_batch"] == batch["n_ubatch"] == 64
     assert passed()["n_threads"] == 1  # what the fixture asks for
-    named = {*REACHED, "tensor_split", "numa", "rpc", "draft_tokens"}
+    named = {*REACHED, "tensor_split", "numa", "rpc"}
     assert named == {f.name for f in fields(LlamaCppOptions)}
 
 
@@ -387,6 +418,32 @@ def test_a_full_gpu_means_fewer_layers_and_a_note(
     monkeypatch.setattr(module, "layer_counts", lambda *_: iter((99,)))
     with pytest.raises(OutOfMemory, match="99"):
         open_cpp()
+
+
+def test_the_engine_outlives_what_befalls_a_request(
+    open_cpp: Any, ask: Any, golden: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("no such luck")
+
+    backend = open_cpp(backend_options={"unified": True})
+    for method in ("share", "run"):  # while it enters, while it runs
+        ask(backend, [1, 5, 6, 7], max_tokens=3)
+        with monkeypatch.context() as patch:
+            patch.setattr(Context, method, fail)
+            last = ask(backend, [1, 5, 6, 8], max_tokens=3).events[-1]
+        assert isinstance(last, Failed)
+        assert "no such luck" in str(last.error)
+        assert ask(backend, [1], max_tokens=20).ids == golden[:20]
+
+
+def test_what_continues_a_message_has_its_level() -> None:
+    library = object.__new__(Library)
+    library._log, library._level = deque(), 0
+    for level, text in ((2, b"loading "), (5, b"....\n"), (4, b"bad "), (5, b"file\n"), (3, b"hm")):
+        library._on_log(level, text, None)
+    assert library.errors() == "bad file"
+    assert library.errors() == ""
 
 
 def test_types_of_the_cache() -> None:

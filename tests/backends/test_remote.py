@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 
 from rl_mlx.backends import open_backend
-from rl_mlx.backends.remote import RemoteBackend, encode_exactly, payload
+from rl_mlx.backends.remote import (
+    Client,
+    RemoteBackend,
+    RemoteOptions,
+    _Call,
+    encode_exactly,
+    payload,
+)
 from rl_mlx.errors import (
     BackendUnavailable,
     ContextOverflow,
@@ -258,3 +265,25 @@ def test_keys_embeddings_and_what_there_is_not(stub: Stub, stories: Path) -> Non
     with pytest.raises(EngineError, match="local backend"):
         backend.logits([1])
     backend.close()
+
+
+def test_answers_that_make_no_sense_are_errors_of_ours(stub: Stub, stories: Path) -> None:
+    backend = connect(stub.url, stories)
+    for answer in ({}, {"data": []}, {"data": [{"embedding": "x"}]}, "text"):
+        stub.reply = lambda body, answer=answer: (200, answer)
+        with pytest.raises(EngineError, match=r"gave no embedding|JSON object"):
+            backend.embed([1, 2])
+    backend.close()
+    stub.models = (200, "m")
+    with pytest.raises(EngineError, match="JSON object"):
+        connect(stub.url, stories)
+
+
+def test_a_call_that_is_cancelled_while_it_connects_stays_cancelled(stub: Stub) -> None:
+    call = _Call(Client(stub.url, RemoteOptions()).connection())
+    call.cancel()  # there is no socket yet
+    call.open()
+    assert call.socket is not None
+    with pytest.raises(BrokenPipeError):
+        call.socket.sendall(b"GET")
+    call.connection.close()

@@ -27,6 +27,8 @@ from rl_mlx.types import ModelInfo, Request
 
 DEFAULT_CONTEXT = 32768
 """Longest context that is taken unless one is asked for: its whole cache is allocated at once."""
+DRAFT_TOKENS = 4
+"""Most tokens guessed a step, unless ``draft_tokens`` says so."""
 _WORTH_COPYING = 64  # tokens: a copy moves a whole sequence, so short prefixes are computed again
 _KV_OF_BITS = {8: "q8_0", 6: "q5_1", 4: "q4_0"}
 _KV_OF_DTYPE = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", None: "f16"}
@@ -98,7 +100,7 @@ class LlamaCppBackend(Backend):
         drafter = _drafter(library, model, settings, options, length, unified=unified)
         if drafter is not None:
             opened.callback(drafter.close)
-        guesses = (settings.draft_tokens or options.draft_tokens) if drafter is not None else 0
+        guesses = (settings.draft_tokens or DRAFT_TOKENS) if drafter is not None else 0
         context = Context(
             model, options, kv, length, options.parallel,
             unified=unified, outputs_per_sequence=1 + guesses,

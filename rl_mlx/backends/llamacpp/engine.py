@@ -93,8 +93,8 @@ class Engine:
 
     def _main(self) -> None:
         while self._mailbox.listen(self._is_idle):
-            self._admit()
             try:
+                self._admit()
                 self._step()
             except CacheFull:
                 self._make_room()
@@ -133,8 +133,6 @@ class Engine:
     def _admit(self) -> None:
         while self._waiting and not self._crowded:
             run = self._waiting[0]
-            if not self._slots.has_idle:
-                return
             place = self._slots.find([*run.prompt, *run.answer])
             if place is None:
                 return
@@ -143,6 +141,7 @@ class Engine:
 
     def _enter(self, run: Sequence, place: Place) -> None:
         slot, source, length = place.slot, place.source, place.length
+        occupy(slot, run)  # first: if the rest fails, so does this request
         if slot is not source:
             self._context.keep(slot.id, 0)
             if length:
@@ -153,7 +152,6 @@ class Engine:
             del slot.tokens[length:]
         if run.started is None:
             run.started, run.reused = time.perf_counter(), length
-        occupy(slot, run)
 
     def _step(self) -> None:
         parts = self._plan()

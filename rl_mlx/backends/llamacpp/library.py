@@ -57,7 +57,7 @@ ROPE_SCALING = {"none": 0, "linear": 1, "yarn": 2, "longrope": 3}
 SPLIT_MODES = {"none": 0, "layer": 1, "row": 2}
 NUMA = {"distribute": 1, "isolate": 2, "numactl": 3, "mirror": 4}
 GPU_KINDS = (1, 2)  # enum ggml_backend_dev_type: a GPU with its own memory, or with the host's
-_ERROR_LEVEL = 4  # enum ggml_log_level
+_ERROR, _CONTINUED = 4, 5  # enum ggml_log_level
 
 
 class ModelParams(Structure):
@@ -259,6 +259,7 @@ class Library:
         self.path = path
         self.binding = binding
         self._log: deque[str] = deque(maxlen=200)
+        self._level = 0
         self.api = ctypes.CDLL(str(path))
         layouts = {ContextParams: binding.context_params}
         for name, (result, *arguments) in _PROTOTYPES.items():
@@ -271,7 +272,9 @@ class Library:
         self.api.llama_backend_init()
 
     def _on_log(self, level: int, text: bytes | None, _data: object) -> None:
-        if level >= _ERROR_LEVEL and text:
+        if level != _CONTINUED:
+            self._level = level
+        if self._level == _ERROR and text:
             self._log.append(text.decode("utf-8", "replace"))
 
     def _check_layouts(self) -> None:

@@ -27,8 +27,7 @@ class LlamaCppOptions:
     choose. ``cache_type_k`` and ``cache_type_v``: ``f32``, ``f16``, ``bf16``, ``q8_0``, ``q5_1``,
     ``q5_0``, ``q4_1``, ``q4_0`` or ``iq4_nl``. ``rope_*`` and ``yarn_orig_context`` stretch the
     context. ``mmap`` and ``mlock``: map the file, lock it in memory. ``numa``: ``distribute``,
-    ``isolate``, ``numactl`` or ``mirror``. ``rpc``: ``host:port`` of workers. ``draft_tokens``: the
-    most tokens guessed a step.
+    ``isolate``, ``numactl`` or ``mirror``. ``rpc``: ``host:port`` of workers.
     """
 
     gpu_layers: int | Literal["auto", "all"] = "auto"
@@ -51,7 +50,6 @@ class LlamaCppOptions:
     mlock: bool = False
     numa: str | None = None
     rpc: tuple[str, ...] = ()
-    draft_tokens: int = 4
 
     def __post_init__(self) -> None:
         if self.gpu_layers not in {"auto", "all"} and not _is_count(self.gpu_layers, 0):
@@ -112,7 +110,6 @@ _MAX_SEQUENCES = 255  # LLAMA_MAX_SEQ less the one that logits and embeddings us
 _LOWEST = {
     "batch": 1,
     "parallel": 1,
-    "draft_tokens": 1,
     "main_gpu": 0,
     "threads": 1,
     "threads_batch": 1,

@@ -72,11 +72,6 @@ class Slots:
         return sorted((s for s in self.all if s.run is not None), key=lambda s: s.used)
 
     @property
-    def has_idle(self) -> bool:
-        """Whether a slot is free."""
-        return any(s.run is None for s in self.all)
-
-    @property
     def tokens(self) -> int:
         """Tokens held, each counted once a slot."""
         return sum(len(s.tokens) for s in self.all)
