@@ -5,7 +5,9 @@
 Parts: ``overhead`` (the same requests by the Python API and over HTTP, at 1 and at 16 streams),
 ``clients`` (64 chat clients, us and the peer of that backend), ``gap`` (the time between two tokens
 of one stream while another reads a long prompt). Sides take turns, all loaded; figures are medians.
-mlx-lm's server (``--peer mlx-lm``) needs a folder.
+mlx-lm's server (``--peer mlx-lm``) needs a folder. The model ``bigger`` is a random one that is
+made here. On a machine that is shared, run it at real-time priority (``chrt -r 1``): with two cores
+and three processes, other work changes who waits for whom.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from _bigger import write_folder, write_gguf
 from _paired import in_turns, median, parser, ratios, run_parts
 
 from rl_mlx import AsyncLLM
@@ -253,12 +256,18 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
 
 def clients(options: argparse.Namespace) -> dict[str, Any]:
     """64 chat clients: tokens a second of all together."""
-    bodies = [chat_body(options.name, options.tokens, f"{n}. {PROMPT}") for n in range(64)]
-    peers = [{**body, "model": options.model} for body in bodies]
+
+    def bodies(pair: int, model: str) -> list[dict[str, Any]]:
+        """No prompt comes twice: what a server kept of the last round is of no use."""
+        prompts = [f"{pair}, {n}. {PROMPT}" for n in range(64)]
+        return [chat_body(model, options.tokens, prompt) for prompt in prompts]
+
     with our_server(options) as ours, peer_server(options) as theirs:
         sides = {
-            "ours": lambda _: asyncio.run(over_http(ours, bodies)).speed,
-            options.peer: lambda _: asyncio.run(over_http(theirs, peers)).speed,
+            "ours": lambda pair: asyncio.run(over_http(ours, bodies(pair, options.name))).speed,
+            options.peer: lambda pair: (
+                asyncio.run(over_http(theirs, bodies(pair, options.model))).speed
+            ),
         }
         found = in_turns(sides, options.pairs)
     return {
@@ -310,6 +319,15 @@ def main() -> None:
     made.add_argument("--prefill", type=int, default=4000, help="tokens of the long prompt")
     made.add_argument("--gap-tokens", type=int, default=400)
     options = made.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if options.model == "bigger":
+            write = write_gguf if options.backend == "llama.cpp" else write_folder
+            options.model = str(write(Path(folder, "bigger")))
+        measure(options)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """All parts that are wanted."""
     from rl_mlx.store import resolve
 
     files = resolve(options.model)

@@ -227,15 +227,12 @@ async def _stream(
                 }
                 yield named({"type": "message_start", "message": {**head, **empty}})
                 continue
-            for piece in item.pieces:
-                for event in blocks.feed(piece):
-                    yield named(event)
+            events = [event for piece in item.pieces for event in blocks.feed(piece)]
             if item.finish is not None:
-                for event in blocks.close():
-                    yield named(event)
                 ending = {"delta": _ending(item), "usage": _usage(item)}
-                yield named({"type": "message_delta", **ending})
-    yield named({"type": "message_stop"})
+                events += [*blocks.close(), {"type": "message_delta", **ending}]
+                events.append({"type": "message_stop"})
+            yield b"".join(map(named, events))
 
 
 class _Blocks:

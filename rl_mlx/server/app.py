@@ -146,8 +146,9 @@ async def _metrics(request: Request) -> Response:
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-async def _openapi(request: Request) -> Response:  # noqa: ARG001 - Starlette's
-    return JSONResponse(document(routes()))
+async def _openapi(request: Request) -> Response:
+    keys = bool(request.app.state.server.settings.keys)
+    return JSONResponse(document(routes(), keys=keys))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -18,6 +18,7 @@ from rl_mlx.errors import InvalidRequest, RlMlxError
 from rl_mlx.server.logs import LOGGER
 from rl_mlx.server.problems import (
     RETRY_AFTER,
+    SSE,
     Dialect,
     Problem,
     Stopping,
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
 B = TypeVar("B")
 M = TypeVar("M", bound=BaseModel)
-SSE = "text/event-stream; charset=utf-8"
-NDJSON = "application/x-ndjson"
 _DISCARDED = 4  # times the limit of a body is read and thrown away, so that its sender sees the 413
 _TICK = 0.5
 _CLIENT_LEFT = 499
@@ -64,10 +63,11 @@ class Json:
 
 @dataclass(frozen=True)
 class Stream:
-    """An answer in pieces, each of them encoded. ``failure`` ends it where it fails."""
+    """An answer in pieces, each of them encoded. ``failure`` ends it where it fails, in another way
+    than that of its API.
+    """
 
     items: AsyncGenerator[bytes, None]
-    media: str = SSE
     failure: Callable[[Problem], bytes] | None = None
 
 
@@ -179,14 +179,14 @@ class Exchange:
                 await asyncio.wait([first], timeout=self.state.settings.quiet)
                 if first.done():
                     first.result()
-                await self._start(200, stream.media, {"cache-control": "no-cache"})
+                await self._start(200, self._dialect.media, {"cache-control": "no-cache"})
                 self._stream = stream
-                self._quiet = stream.media == SSE
+                self._quiet = self._dialect.media == SSE
                 item = await first
                 while item is not None:
-                    await self._send(
-                        {"type": "http.response.body", "body": item, "more_body": True}
-                    )
+                    if item:
+                        part = {"type": "http.response.body", "body": item, "more_body": True}
+                        await self._send(part)
                     item = await _next(items)
             finally:
                 await _cancel(first)

@@ -19,7 +19,7 @@ from rl_mlx import __version__
 from rl_mlx.convert.files import read_json
 from rl_mlx.convert.gguf.reader import GGUFFile
 from rl_mlx.errors import InvalidRequest, ModelNotFound, RlMlxError
-from rl_mlx.server.endpoint import NDJSON, Call, Json, Stream
+from rl_mlx.server.endpoint import Call, Json, Stream
 from rl_mlx.server.models import Loaded
 from rl_mlx.server.problems import BadParameter, line
 from rl_mlx.server.schemas.ollama import NamedRequest, PullRequest, ShowRequest
@@ -198,7 +198,7 @@ async def pull(call: Call[PullRequest]) -> Json | Stream:
         raise BadParameter("model", f"{name!r:.100} is not on Hugging Face; give org/repo:Q4_K_M")
     items = _pull(ref)
     if call.body.stream:
-        return Stream(items, NDJSON)
+        return Stream(items)
     async with aclosing(items) as lines:
         async for _ in lines:
             pass

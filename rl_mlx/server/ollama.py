@@ -9,7 +9,7 @@ from contextlib import aclosing
 from datetime import datetime, timezone
 from typing import Any
 
-from rl_mlx.server.endpoint import NDJSON, Call, Json, Stream
+from rl_mlx.server.endpoint import Call, Json, Stream
 from rl_mlx.server.generation import Delta, Job, Started, answers, token_text, whole
 from rl_mlx.server.models import KEEP
 from rl_mlx.server.problems import BadParameter, line
@@ -169,7 +169,7 @@ async def _load_only(call: Call[Any], empty: Mapping[str, Any]) -> Json:
 async def _respond(call: Call[Any], job: Job, part: Part, *, with_context: bool) -> Json | Stream:
     begun = time.monotonic()
     if call.body.stream:
-        return Stream(_stream(call, job, part, begun, with_context=with_context), NDJSON)
+        return Stream(_stream(call, job, part, begun, with_context=with_context))
     started, (item,) = await whole(call.state, job, call.record)
     calls = [_call(c.name, c.arguments) for c in item.routed.calls]
     body = part(item.routed.content, item.routed.reasoning, calls)

@@ -178,9 +178,9 @@ async def _stream(
             if item.finish is not None:
                 last[item.index] = item
                 yield chunk(item.index, "", FINISH[item.finish])
-    if wants_usage:
-        yield data({**head, "choices": [], "usage": _usage([last[i] for i in sorted(last)], job.n)})
-    yield b"data: [DONE]\n\n"
+    totals = _usage([last[i] for i in sorted(last)], job.n) if wants_usage else None
+    tail = data({**head, "choices": [], "usage": totals}) if wants_usage else b""
+    yield tail + b"data: [DONE]\n\n"
 
 
 async def embeddings(call: Call[EmbeddingRequest]) -> Json:

@@ -196,23 +196,22 @@ async def _stream(
         async for item in items:
             if isinstance(item, Started):
                 tokenizer = item.model.llm.tokenizer
-                for index in range(job.n):
-                    yield chunk(index, {"role": "assistant", "content": ""})
+                begin = {"role": "assistant", "content": ""}
+                yield b"".join(chunk(index, begin) for index in range(job.n))
                 continue
             assert tokenizer is not None
             found = logprobs_of(item.logprobs, tokenizer) if item.logprobs else None
-            for piece in item.pieces:
-                delta = _delta(piece)
-                if delta is not None:
-                    is_content = "content" in delta
-                    yield chunk(item.index, delta, logprobs=found if is_content else None)
-                    found = None if is_content else found
+            parts = []
+            for delta in filter(None, map(_delta, item.pieces)):
+                is_content = "content" in delta
+                parts.append(chunk(item.index, delta, logprobs=found if is_content else None))
+                found = None if is_content else found
             if item.finish is not None:
                 last.append(item)
-                yield chunk(item.index, {}, FINISH[item.finish])
-    if wants_usage:
-        yield data({**head, "choices": [], "usage": usage(last)})
-    yield b"data: [DONE]\n\n"
+                parts.append(chunk(item.index, {}, FINISH[item.finish]))
+            yield b"".join(parts)
+    tail = data({**head, "choices": [], "usage": usage(last)}) if wants_usage else b""
+    yield tail + b"data: [DONE]\n\n"
 
 
 def _delta(piece: Piece) -> dict[str, Any] | None:

@@ -134,12 +134,21 @@ def ollama_body(problem: Problem) -> dict[str, Any]:
     return {"error": problem.message}
 
 
+SSE = "text/event-stream; charset=utf-8"
+NDJSON = "application/x-ndjson"
+
+
 @dataclass(frozen=True)
 class Dialect:
-    """How an API says that something failed: as a JSON body, and inside a stream."""
+    """How an API streams, and how it says that something failed: as a JSON body (``schema``), and
+    inside a stream.
+    """
 
+    name: str
+    media: str
     body: Callable[[Problem], dict[str, Any]]
     event: Callable[[dict[str, Any]], bytes]
+    schema: dict[str, Any]
 
 
 def encode(value: Any) -> bytes:
@@ -166,9 +175,20 @@ def line(value: Any) -> bytes:
     return encode(value) + b"\n"
 
 
-OPENAI = Dialect(openai_body, data)
-ANTHROPIC = Dialect(anthropic_body, named)
-OLLAMA = Dialect(ollama_body, line)
+def _object(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+_TEXT, _MAYBE = {"type": "string"}, {"type": ["string", "null"]}
+OPENAI = Dialect(
+    "openai", SSE, openai_body, data,
+    _object(error=_object(message=_TEXT, type=_TEXT, param=_MAYBE, code=_MAYBE)),
+)  # fmt: skip
+ANTHROPIC = Dialect(
+    "anthropic", SSE, anthropic_body, named,
+    _object(type={"const": "error"}, error=_object(type=_TEXT, message=_TEXT), request_id=_TEXT),
+)  # fmt: skip
+OLLAMA = Dialect("ollama", NDJSON, ollama_body, line, _object(error=_TEXT))
 
 
 def dialect_of(path: str) -> Dialect:

@@ -4,18 +4,55 @@ from __future__ import annotations
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
 
 T = TypeVar("T")
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
+_PART = r"\d+(\.\d+)?\s*(ms|s|m|h)?"
+Duration = Annotated[
+    float | str,
+    WithJsonSchema(
+        {"anyOf": [{"type": "number"}, {"type": "string", "pattern": f"^-?{_PART}({_PART})*$"}]}
+    ),
+]
+"""Seconds, or a text for ``settings.seconds``."""
+
+
+def _is_false(value: bool) -> bool:
+    if value:
+        raise ValueError("only false is supported")
+    return value
+
+
+No = Annotated[bool, AfterValidator(_is_false), WithJsonSchema({"const": False})]
+"""A switch that can only be off. ``Literal[False]`` would take a 0."""
+
+
+def allow_null(schema: dict[str, Any]) -> None:
+    """Say in a JSON Schema that what may be left out may also be null."""
+    for name, value in schema.get("properties", {}).items():
+        if name not in schema.get("required", ()) and {"type": "null"} not in value.get(
+            "anyOf", ()
+        ):
+            schema["properties"][name] = {"anyOf": [value, {"type": "null"}]}
 
 
 class Body(BaseModel):
     """An object of a request: no other fields, no guessed types; null is as if not given."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, hide_input_in_errors=True, json_schema_extra=allow_null
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -28,7 +65,7 @@ class Body(BaseModel):
 class Loose(Body):
     """An object that clients decorate: what else is in it changes nothing."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, hide_input_in_errors=True)
+    model_config = ConfigDict(extra="ignore")
 
 
 class TextPart(Loose):

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, WithJsonSchema
+from pydantic import ConfigDict, Field, WithJsonSchema
 
-from rl_mlx.server.schemas.base import Body, Count, Loose, Name, Seed
+from rl_mlx.server.schemas.base import (
+    Body,
+    Count,
+    Duration,
+    Loose,
+    Name,
+    No,
+    Seed,
+    allow_null,
+)
 from rl_mlx.server.schemas.openai import Function
 
 Form = Annotated[
@@ -38,7 +47,7 @@ class Asked(Body):
 
     model: Name
     options: Options | None = None
-    keep_alive: float | str | None = None
+    keep_alive: Duration | None = None
 
 
 class Generated(Asked):
@@ -115,8 +124,17 @@ class EmbeddingsRequest(Asked):
     prompt: str
 
 
+def _either_name(schema: dict[str, Any]) -> None:
+    schema["anyOf"] = [
+        {"required": [name], "properties": {name: {"type": "string"}}} for name in ("model", "name")
+    ]
+    allow_null(schema)
+
+
 class NamedRequest(Body):
     """A body that names a model, by its newer or its older field."""
+
+    model_config = ConfigDict(json_schema_extra=_either_name)
 
     model: Name | None = None
     name: Name | None = None
@@ -132,4 +150,4 @@ class PullRequest(NamedRequest):
     """``POST /api/pull``."""
 
     stream: bool = True
-    insecure: Literal[False] | None = None
+    insecure: No | None = None

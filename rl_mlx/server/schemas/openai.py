@@ -6,7 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field
 
-from rl_mlx.server.schemas.base import Body, Count, Loose, Name, Seed, TextPart, parts
+from rl_mlx.server.schemas.base import (
+    Body,
+    Count,
+    Duration,
+    Loose,
+    Name,
+    No,
+    Seed,
+    TextPart,
+    parts,
+)
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Stop = str | list[str]
@@ -45,14 +55,14 @@ class Labelled(Body):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     service_tier: Literal["auto", "default"] | None = None
-    keep_alive: float | str | None = None
+    keep_alive: Duration | None = None
 
 
 class StreamOptions(Body):
     """``include_obfuscation`` pads events against eavesdroppers; false is what we do."""
 
     include_usage: bool = False
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: No | None = None
 
 
 class FunctionCall(Loose):
@@ -146,14 +156,14 @@ class RegexFormat(Body):
     """What a regular expression matches. Ours."""
 
     type: Literal["regex"]
-    regex: str
+    regex: Annotated[str, Field(min_length=1)]
 
 
 class GrammarFormat(Body):
     """What a grammar (Lark or GBNF) allows."""
 
     type: Literal["grammar"]
-    grammar: str
+    grammar: Annotated[str, Field(min_length=1)]
     syntax: Literal["lark", "gbnf"] = "lark"
 
 
@@ -182,7 +192,7 @@ class ChatRequest(Sampled, Labelled):
     reasoning_effort: Effort | None = None
     modalities: list[Literal["text"]] | None = None
     verbosity: Literal["medium"] | None = None
-    store: Literal[False] | None = None
+    store: No | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from rl_mlx.server.schemas.base import Body, Count, Loose, Name, TextPart, parts
+from rl_mlx.server.schemas.base import Body, Count, Loose, Name, No, TextPart, parts
 from rl_mlx.server.schemas.openai import (
     Effort,
     JsonObjectFormat,
@@ -140,4 +140,4 @@ class ResponseRequest(Labelled):
     stream: bool = False
     stream_options: StreamOptions | None = None
     truncation: Literal["disabled"] | None = None
-    background: Literal[False] | None = None
+    background: No | None = None
