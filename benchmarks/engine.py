@@ -241,7 +241,7 @@ def kv_bytes(bench: Bench) -> dict[str, Any]:
 
         def watch(seen: list[int] = seen, stop: threading.Event = stop) -> None:
             while not stop.wait(0.001):
-                seen.append(bench.ours.backend.stats().kv_bytes)
+                seen.append(bench.ours.backend._engine._runner.arena.nbytes)
 
         watcher = threading.Thread(target=watch)
         watcher.start()

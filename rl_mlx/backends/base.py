@@ -27,8 +27,8 @@ def default_context(trained: int) -> int:
 
 @dataclass(frozen=True)
 class Stats:
-    """What a backend is doing now. ``kv_bytes`` are those held, ``memory_bytes`` all that is in
-    use.
+    """What a backend is doing now. ``kv_bytes`` are those that running requests and prefixes for
+    later ones hold, ``memory_bytes`` all that is in use.
     """
 
     running: int = 0

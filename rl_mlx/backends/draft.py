@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rl_mlx.cache.governor import Governor
 from rl_mlx.convert.open import open_weights
 from rl_mlx.convert.weights import FloatType, Weights
+from rl_mlx.engine.runner import Runner
 from rl_mlx.engine.speculate import Both, DraftModel, Lookup, Proposer
 from rl_mlx.errors import InvalidRequest
 from rl_mlx.model.load import load_decoder
@@ -25,14 +25,14 @@ class FoundDraft:
     looks_up: bool
     weight_bytes: int
 
-    def load(self, target: ModelInfo, governor: Governor) -> Proposer:
-        """The proposer; to be called on the engine's thread."""
+    def load(self, target: ModelInfo, runner: Runner) -> Proposer:
+        """The proposer, whose memory ``runner`` counts; to be called on the engine's thread."""
         if self.weights is None:
             return Lookup()
         dtype: FloatType = target.dtype  # type: ignore[assignment]
         model = DraftModel(load_decoder(self.weights, target.context, dtype), target.vocab)
         self.weights.close()
-        governor.beside = lambda: model.nbytes
+        runner.beside = model.bytes_for
         return Both(Lookup(), model) if self.looks_up else model
 
     def notes(self, target: ModelInfo) -> tuple[str, ...]:

@@ -84,7 +84,7 @@ class MLXBackend(Backend):
                 admit=runner.admits,
                 chunks=ChunkSize(CHUNK),
             )
-            proposer = draft.load(info, governor) if draft else None
+            proposer = draft.load(info, runner) if draft else None
             return runner, scheduler, Speculator(proposer, settings.draft_tokens)
 
         with opened:

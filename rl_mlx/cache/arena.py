@@ -96,9 +96,13 @@ class Arena:
         """Whether some layer keeps a state, which cannot be cut at any token."""
         return any(isinstance(layer, StateLayer) for layer in self._layers)
 
+    def size_for(self, rows: int, length: int) -> tuple[int, int]:
+        """Rows and their length in tokens once there were ``rows`` of up to ``length``."""
+        return max(rows, self._reserved[0]), max(_grown(length), self._reserved[1])
+
     def bytes_for(self, rows: int, length: int) -> int:
         """Bytes that this arena takes once it has had ``rows`` rows of up to ``length`` tokens."""
-        rows, length = max(rows, self._reserved[0]), max(_grown(length), self._reserved[1])
+        rows, length = self.size_for(rows, length)
         return sum(
             layer.bytes_for(rows, length) if isinstance(layer, KVLayer) else layer.bytes_for(rows)
             for layer in self._layers

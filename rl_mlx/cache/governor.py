@@ -65,8 +65,6 @@ class Governor:
     budget: int
     weights: int
     scratch: int = 0
-    beside: Callable[[], int] = int
-    """What else holds memory now, such as a draft model's cache."""
 
     def check_weights(self, name: str) -> None:
         """Raises ``OutOfMemory`` where the weights alone would pass the budget."""
@@ -80,7 +78,7 @@ class Governor:
     @property
     def room(self) -> int:
         """What arena and prefix tree may take together."""
-        return max(0, self.budget - self.weights - self.scratch - self.beside())
+        return max(0, self.budget - self.weights - self.scratch)
 
     def make_room(self, arena: int, tree: int, evict: Callable[[int], int]) -> bool:
         """Whether an arena of ``arena`` bytes fits beside a tree of ``tree``, which ``evict`` may

@@ -111,4 +111,7 @@ def speed(timings: Timings) -> str:
     if timings.drafted:
         share = 100 * timings.accepted / timings.drafted
         words.append(f"{timings.accepted} of {timings.drafted} drafted accepted ({share:.0f}%)")
+        gain = timings.speculation_gain
+        estimate = f", about {gain:.1f} times as fast" if gain != 1 else ""
+        words.append(f"{timings.forwards} forwards{estimate}")
     return " · ".join(words)

@@ -78,10 +78,11 @@ class Engine:
         return self._mailbox.call(lambda: function(self._runner))
 
     def counts(self) -> tuple[int, int, int]:
-        """Running, waiting, and bytes of the arena; a snapshot that may be a step old."""
+        """Running, waiting, and bytes of all caches; a snapshot that may be a step old."""
         scheduler = self._scheduler
         running = len(scheduler.running) + (scheduler.prefilling is not None)
-        return running, len(scheduler.waiting), self._runner.arena.nbytes
+        held = self._runner.bytes_for(0, 0) + self._runner.tree.nbytes
+        return running, len(scheduler.waiting), held
 
     def close(self) -> None:
         """Cancel everything and join the thread. Safe to call twice."""
@@ -184,6 +185,7 @@ class Engine:
         self._lap()
         draft = self._speculator.draft(batch)
         if draft is None:
+            self._speculator.spent(self._lap())
             return False
         accepted, tokens = self._runner.verify(batch, draft)
         seconds = self._lap()

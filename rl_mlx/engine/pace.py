@@ -46,6 +46,11 @@ class Costs:
         plain, known = self._seconds.get((batch, 0)), self._seconds.get((batch, length))
         return min(seconds, _OUTLIER * known) / plain if plain and known else 1.0
 
+    def plain_steps(self, batch: int, seconds: float) -> float:
+        """``seconds`` in plain steps; none where those were not measured."""
+        plain = self._seconds.get((batch, 0))
+        return seconds / plain if plain else 0.0
+
     def ratio(self, batch: int, length: int) -> float:
         """The cost of a draft of ``length``, in plain steps; hopeful where nothing is known."""
         plain = self._seconds.get((batch, 0))

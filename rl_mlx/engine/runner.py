@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import mlx.core as mx
@@ -49,6 +50,8 @@ class Runner:
         self._sampling: tuple[tuple[Sequence, ...], Sampler] | None = None
         self.tree: PrefixTree[Piece] = PrefixTree()
         self.arena = self._new_arena()
+        self.beside: Callable[[int, int], int] = lambda _rows, _length: 0
+        """Bytes of another cache (a draft model's) beside an arena of such rows."""
         self._disk = disk
         if disk is not None:
             disk.restore(self.tree, governor.room // 2)
@@ -64,10 +67,16 @@ class Runner:
         for give_back in (False, True):  # moving the arena is the last resort
             if give_back:
                 arena.shrink()
-            needed = arena.bytes_for(rows, length)
-            if self._governor.make_room(needed, self.tree.nbytes, self._evict):
+            if self._fits(self.bytes_for(rows, length)):
                 return True
         return False
+
+    def bytes_for(self, rows: int, length: int) -> int:
+        """Bytes of the caches, but for the prefix tree, once there were such rows."""
+        return self.arena.bytes_for(rows, length) + self.beside(*self.arena.size_for(rows, length))
+
+    def _fits(self, needed: int) -> bool:
+        return self._governor.make_room(needed, self.tree.nbytes, self._evict)
 
     def _evict(self, limit: int) -> int:
         self.tree.evict(limit)
@@ -188,8 +197,7 @@ class Runner:
 
     def _keeps(self, tokens: int) -> bool:
         """Whether there is room in the tree for so many more."""
-        needed = self.arena.nbytes + self.arena.piece_bytes(tokens)
-        return self._governor.make_room(needed, self.tree.nbytes, self._evict)
+        return self._fits(self.bytes_for(0, 0) + self.arena.piece_bytes(tokens))
 
     def _save(self, sequence: Sequence, last: int) -> bool:
         """One whole block, on whose node the sequence stands from now on; False without room."""
@@ -225,7 +233,7 @@ class Runner:
         owners.pop()
         self.arena.drop_row()
         self._forget(sequence)
-        self._governor.make_room(self.arena.nbytes, self.tree.nbytes, self._evict)
+        self._fits(self.bytes_for(0, 0))
 
     def reset(self) -> None:
         """Drop all rows: what is in them cannot be trusted any more."""

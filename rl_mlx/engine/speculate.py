@@ -23,7 +23,11 @@ log = logging.getLogger(__name__)
 
 
 class Proposer(Protocol):
-    """Drafts tokens for sequences that are running."""
+    """Drafts tokens for sequences that are running.
+
+    A model's own head for several tokens (MTP) would be one more: it is made where the others are,
+    in the backend, where it can be given the runner whose last hidden states it goes on from.
+    """
 
     def propose(self, wanted: Wanted) -> Draft | None:
         """At most so many tokens for each, in that order; None where there are none for any."""
@@ -83,11 +87,11 @@ class DraftModel:
     target's.
     """
 
-    _CATCH_UP = 8  # tokens a row may lag behind and still be fed with the others
+    _NEAR = 8  # tokens a row may lag behind and still be fed with the others
 
-    def __init__(self, model: Model, vocab: int, chunk: int = 512) -> None:
-        """``vocab``: the width of the target's logits. Raises ``InvalidRequest`` for a recurrent
-        model.
+    def __init__(self, model: Model, vocab: int, chunk: int = 128) -> None:
+        """``vocab``: the width of the target's logits. ``chunk``: tokens of a prompt that are read
+        at a time, while streams wait. Raises ``InvalidRequest`` for a recurrent model.
         """
         if any(isinstance(spec, StateSpec) for spec in model.cache_specs):
             raise InvalidRequest(
@@ -100,18 +104,19 @@ class DraftModel:
         self._owners: list[Sequence] = []
         self._fed: dict[Sequence, tuple[int, list[int]]] = {}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its cache."""
-        return self._arena.nbytes
+    def bytes_for(self, rows: int, length: int) -> int:
+        """Bytes of its cache beside a target's of ``rows`` rows of ``length`` tokens."""
+        return self._arena.bytes_for(rows, length)
 
     def propose(self, wanted: Wanted) -> Draft | None:
         """One token after the other, for all rows at once, with each request's own sampler."""
         counts = dict(wanted)
-        self._settle([s for s, count in wanted if count])
+        self._settle(list(counts))  # those that sleep keep their rows: they wake up again
+        if not self._catch_up():
+            return None
         sampler = Sampler([s.request.params for s in self._owners])
         drafted: list[list[int]] = [[] for _ in self._owners]
-        tokens, found, logits = self._catch_up(), [], []
+        tokens, found, logits = self._last_tokens(), [], []
         for step in range(max(counts.values())):
             rows = [_row(s, d) for s, d in zip(self._owners, drafted)]
             token, kept = sampler.propose(self._head(tokens), rows)
@@ -133,9 +138,9 @@ class DraftModel:
         logits: list[mx.array],
         counts: dict[Sequence, int],
     ) -> Draft:
-        """In the order that was asked for; who wanted none gets another's, of which none count."""
+        """In the order that was asked for; of who wanted none, none count."""
         rows = {s: row for row, s in enumerate(self._owners)}
-        places = mx.array([rows.get(s, 0) for s in counts])
+        places = mx.array([rows[s] for s in counts])
         tokens, kept = mx.stack(found, axis=1), mx.stack(logits, axis=1)
         for s, guess in zip(self._owners, np.array(tokens).tolist()):
             self._fed[s] = s.known, guess[:-1]  # the last one is drafted, and not fed
@@ -169,19 +174,23 @@ class DraftModel:
             row = self._owners.index(s)
             self._arena.lengths[row] = min(known + right, s.known - 1)
 
-    def _catch_up(self) -> mx.array:
-        """Feed what rows lack, the long lags alone; gives the last tokens of all, to be fed
-        together.
-        """
-        near = min(self._CATCH_UP, *(s.known for s in self._owners))
-        for row, s in enumerate(self._owners):
-            while s.known - self._arena.lengths[row] > near:
-                first = self._arena.lengths[row]
-                last = min(s.known - 1, first + self._chunk)
-                step = self._arena.begin(row, row + 1, last - first)
-                self._model.forward(mx.array(s.tokens(first, last))[None], step)
-                self._arena.advance(row, [last - first])
-                mx.eval(self._arena.arrays())
+    def _catch_up(self) -> bool:
+        """Read a chunk of the first row that lags far behind; whether none does any more."""
+        near, lengths = min(self._NEAR, *(s.known for s in self._owners)), self._arena.lengths
+        row = next((r for r, s in enumerate(self._owners) if s.known - lengths[r] > near), None)
+        if row is None:
+            return True
+        s, first = self._owners[row], lengths[row]
+        last = min(s.known - 1, first + self._chunk)
+        step = self._arena.begin(row, row + 1, last - first)
+        self._model.forward(mx.array(s.tokens(first, last))[None], step)
+        self._arena.advance(row, [last - first])
+        mx.eval(self._arena.arrays())
+        self._fed[s] = last, []
+        return all(s.known - n <= near for s, n in zip(self._owners, lengths))
+
+    def _last_tokens(self) -> mx.array:
+        """What rows lack, as many tokens of each, to be fed together."""
         lag = max(s.known - n for s, n in zip(self._owners, self._arena.lengths))
         self._arena.lengths[:] = [s.known - lag for s in self._owners]
         return mx.array([s.tokens(s.known - lag, s.known) for s in self._owners])
@@ -253,6 +262,7 @@ class Speculator:
         self._costs = Costs()
         self._paces: dict[Sequence, Pace] = {}
         self._failed = False
+        self._spent = 0.0  # seconds of drafting that gave no draft
 
     def wants(self, batch: Seq[Sequence]) -> bool:
         """Whether some sequence may be worth a draft now; to judge it, plain steps come first."""
@@ -290,6 +300,10 @@ class Speculator:
         for s in batch:
             self._pace(s).rest()
 
+    def spent(self, seconds: float) -> None:
+        """Drafting took so long and gave nothing yet (a prompt was read); the next draft pays."""
+        self._spent += seconds
+
     def observe_plain(self, batch: int, seconds: float) -> None:
         """A plain step took so long."""
         self._costs.observe(batch, 0, seconds)
@@ -300,6 +314,8 @@ class Speculator:
         """A step with a draft took so long, drafting included."""
         length = draft.tokens.shape[1]
         steps = self._costs.steps(len(batch), length, seconds)
+        steps += self._costs.plain_steps(len(batch), self._spent)
+        self._spent = 0.0
         self._costs.observe(len(batch), length, seconds)
         for s, count, right in zip(batch, draft.counts, accepted):
             pace = self._pace(s)

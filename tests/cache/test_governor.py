@@ -44,11 +44,11 @@ def test_limits_are_put_back():
 
 @given(
     budget=st.integers(0, 100), weights=st.integers(0, 60), scratch=st.integers(0, 30),
-    beside=st.integers(0, 30), arena=st.integers(0, 120), tree=st.integers(0, 80),
+    arena=st.integers(0, 120), tree=st.integers(0, 80),
     pinned=st.integers(0, 80),
 )  # fmt: skip
-def test_what_is_granted_fits(budget, weights, scratch, beside, arena, tree, pinned):
-    governor = Governor(Device(), budget, weights, scratch, beside=lambda: beside)
+def test_what_is_granted_fits(budget, weights, scratch, arena, tree, pinned):
+    governor = Governor(Device(), budget, weights, scratch)
     left = [tree]
 
     def evict(limit):
@@ -57,7 +57,7 @@ def test_what_is_granted_fits(budget, weights, scratch, beside, arena, tree, pin
 
     granted = governor.make_room(arena, tree, evict)
     if granted and arena + left[0] > 0:
-        assert weights + scratch + beside + arena + left[0] <= budget
+        assert weights + scratch + arena + left[0] <= budget
     if not granted:
         assert arena + min(pinned, tree) > governor.room
     if arena + tree <= governor.room:

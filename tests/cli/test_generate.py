@@ -12,9 +12,11 @@ import pytest
 
 from rl_mlx.backends.llamacpp import LlamaCppOptions
 from rl_mlx.cli import terminal
+from rl_mlx.cli.generate import speed
 from rl_mlx.cli.main import main
 from rl_mlx.errors import ContextOverflow
 from rl_mlx.settings import ModelSettings
+from rl_mlx.types import Timings
 
 Loaded = Callable[[Callable[[str], str]], list[tuple[str, ModelSettings]]]
 Capture = pytest.CaptureFixture[str]
@@ -162,3 +164,11 @@ def test_a_folder_that_is_exported_says_so(shared: Path, home: Path, capsys: Cap
     assert "exported 100% of " in err
     assert main(["generate", str(shared / "hf" / "qwen2"), *flags]) == 0
     assert "exporting" not in capsys.readouterr().err
+
+
+def test_stats_tell_what_drafts_did() -> None:
+    timings = Timings(generated=13, forwards=8, drafted=10, accepted=5, speculation_gain=1.46)
+    words = speed(timings)
+    assert "5 of 10 drafted accepted (50%)" in words
+    assert "8 forwards, about 1.5 times as fast" in words
+    assert "drafted" not in speed(Timings(generated=3))

@@ -96,6 +96,64 @@ def test_a_draft_that_breaks_is_dropped_and_the_answer_goes_on(harness, drafts, 
     assert "going on without it" in caplog.text
 
 
+def test_a_draft_model_that_fails_in_the_middle_is_dropped(harness, drafts, caplog, monkeypatch):
+    prompts = prompts_of(4)
+    plain = harness()
+    want = [plain.submit(p, max_tokens=30).ids for p in prompts]
+    engine = harness(draft=drafts["useless"], fixed=3)
+    model = engine.speculator._proposer._model
+    forward, calls = model.forward, []
+
+    def fail(tokens, step):
+        calls.append(tokens)
+        if len(calls) > 12:
+            raise RuntimeError("the draft is gone")
+        return forward(tokens, step)
+
+    monkeypatch.setattr(model, "forward", fail)
+    answers = engine.together(prompts, max_tokens=30)
+    assert [a.ids for a in answers] == want
+    assert sum(a.end.timings.drafted for a in answers) > 0
+    assert caplog.text.count("going on without it") == 1
+    assert [engine.submit(p, max_tokens=30).ids for p in prompts] == want
+    assert len(calls) == 13
+
+
+def test_the_budget_holds_with_a_draft_models_cache(harness, drafts):
+    room = harness().runner.arena.bytes_for(3, 512)
+    engine = harness(room=room, draft=drafts["useless"], fixed=4)
+    draft = engine.speculator._proposer
+    engine.engine.call(lambda runner: setattr(runner, "beside", draft.bytes_for))
+    used, step = [], engine.engine._step
+
+    def watched():
+        step()
+        held = engine.runner.arena.nbytes + draft._arena.nbytes
+        used.append((held + engine.runner.tree.nbytes, draft._arena.nbytes))
+
+    engine.engine._step = watched
+    for answer in engine.together([sequence(i, 40 + 45 * i) for i in range(6)], max_tokens=30):
+        assert len(answer.ids) == 30
+    assert max(total for total, _ in used) <= room
+    assert max(drafts for _, drafts in used) > 0
+
+
+def test_a_draft_reads_prompts_chunk_by_chunk_and_keeps_its_rows(tiny):
+    draft = DraftModel(load_decoder(tiny("llama"), 4096, "float32"), 96, chunk=64)
+
+    def make(length):
+        request = Request(id="a", prompt=tuple(sequence(1, length)), params=SamplingParams())
+        return Sequence(request, lambda event: None, 100, 0, answer=[7])
+
+    first, second = make(150), make(20)
+    found = [draft.propose([(first, 2), (second, 2)]) for _ in range(4)]
+    assert [f is None for f in found] == [True, True, True, False]  # 64 + 64 + 22, and 20
+    assert (found[3].tokens.shape, found[3].counts) == ((2, 2), [2, 2])
+    second.answer += sequence(2, 40)
+    assert draft.propose([(first, 2), (second, 0)]).counts == [2, 0]  # it sleeps, and reads on
+    assert draft.propose([(first, 0), (second, 2)]).counts == [0, 2]
+
+
 def test_a_recurrent_draft_is_refused(tiny):
     with pytest.raises(InvalidRequest, match="recurrent model cannot be a draft"):
         DraftModel(load_decoder(tiny("lfm2"), 512, "float32"), 96)
