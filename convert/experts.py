@@ -30,23 +30,24 @@ def stacked(arrays: Arrays, parent: str) -> Arrays:
         else:
             stacked[name] = array
     for name, experts in parts.items():
-        stacked[name] = _stack(name, experts)
+        stacked[name] = stack(name, experts)
     return stacked
 
 
-def _stack(name: str, parts: Mapping[int, Lazy]) -> Lazy:
+def stack(name: str, parts: Mapping[int, Lazy], what: str = "expert") -> Lazy:
+    """Tensors that lie one by one as one; ``FormatError`` where one is missing or differs."""
     missing = next((i for i in range(len(parts)) if i not in parts), None)
     if missing is not None:
         raise FormatError(
-            f"expert {missing} of tensor {name!r} is missing; download the model again"
+            f"{what} {missing} of tensor {name!r} is missing; download the model again"
         )
     arrays = [parts[i] for i in range(len(parts))]
     shape, dtype = arrays[0].shape, arrays[0].dtype
     for i, array in enumerate(arrays):
         if (array.shape, array.dtype) != (shape, dtype):
             raise FormatError(
-                f"expert {i} of tensor {name!r} is {array.dtype} {list(array.shape)}, "
-                f"but expert 0 is {dtype} {list(shape)}"
+                f"{what} {i} of tensor {name!r} is {array.dtype} {list(array.shape)}, "
+                f"but {what} 0 is {dtype} {list(shape)}"
             )
     read = lambda: np.stack([a.read() for a in arrays])  # noqa: E731
     return Lazy((len(arrays), *shape), dtype, read, tuple(arrays))

@@ -10,9 +10,17 @@ from rl_mlx.convert.gguf.changes import Change
 from rl_mlx.convert.gguf.keys import Keys
 from rl_mlx.convert.gguf.writer import MetadataValue
 from rl_mlx.convert.lazy import Arrays
-from rl_mlx.convert.shapes import Config, Shapes
+from rl_mlx.convert.shapes import Config, Shapes, outer
 
 Fields = dict[str, MetadataValue]
+
+
+RMS_NORM = "attention.layer_norm_rms_epsilon"
+LAYER_NORM = "attention.layer_norm_epsilon"
+
+
+def _as_said(config: Config) -> Mapping[str, Any]:  # noqa: ARG001
+    return {}
 
 
 def _as_it_is(config: Config, arrays: Arrays) -> Arrays:  # noqa: ARG001
@@ -27,14 +35,16 @@ def _unchanged(config: Config, name: str) -> Change | None:  # noqa: ARG001
 class Family:
     """A family of models, of which ``model_type`` names one.
 
-    ``block(config, layer)`` gives the canonical names of a layer's tensors, below
-    ``model.layers.N.``, and their shapes; ``names`` maps those without ``.weight`` to GGUF's.
-    ``read`` makes a config of GGUF metadata and ``write`` metadata of a config, both on top of what
-    all families say in the same words. ``sanitize`` brings the tensors of a Hugging Face folder to
-    their canonical names and layouts; ``change(config, name)`` says how a GGUF file's tensor
-    differs from the canonical one by more than its name, and ``older`` how it does in files that
-    lack the tensor of its name. ``defaults`` are those of transformers'
-    config class that readers must know.
+    ``block(config, layer)`` gives the canonical names of a layer's tensors, below ``layers.N.``,
+    and their shapes, ``outer(config)`` those outside the layers; ``names`` maps the former without
+    ``.weight`` to GGUF's. ``read`` makes a config of GGUF metadata and ``write`` metadata of a
+    config, both on top of what all families say in the same words. ``epsilon`` is that of the
+    norms, in a config's words and in GGUF's; ``period`` says that every so many layers one has no
+    window. ``sanitize`` brings the tensors of a Hugging Face folder to their canonical names and
+    layouts; ``change(config, name)`` says how a GGUF file's tensor differs from the canonical one
+    by more than its name, and ``older`` how it does in files that lack the tensor of its name.
+    ``defaults`` are those of transformers' config class that readers must know;
+    ``complete(config)`` says in the words of other families what this one has words of its own for.
     """
 
     architecture: str
@@ -44,6 +54,11 @@ class Family:
     read: Callable[[Keys], dict[str, Any]]
     write: Callable[[Config], Fields]
     sanitize: Callable[[Config, Arrays], Arrays] = _as_it_is
+    outer: Callable[[Config], Shapes] = outer
+    layers: str = "model.layers"
+    epsilon: tuple[str, str] = ("rms_norm_eps", RMS_NORM)
+    period: int | None = None
     change: Callable[[Config, str], Change | None] = _unchanged
     older: Callable[[Config, str], Change | None] = _unchanged
+    complete: Callable[[Config], Mapping[str, Any]] = _as_said
     defaults: Mapping[str, Any] = field(default_factory=dict)

@@ -11,11 +11,11 @@ from types import MappingProxyType
 from typing import Any
 
 from rl_mlx.convert.families import FAMILIES
+from rl_mlx.convert.families.words import LAYER_TYPES, layer_types
 from rl_mlx.convert.layout import knows
 
 _ROPE_ONLY = ("rope_theta", "partial_rotary_factor")
 _ORIGINAL = "original_max_position_embeddings"
-_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def bilingual(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,10 +78,13 @@ def _rope_from_4(config: dict[str, Any]) -> None:
         config["rope_parameters"] = full
         return
     sliding = {"rope_type": "default", "rope_theta": local}
-    config["rope_parameters"] = dict(zip(_LAYER_TYPES, (full, sliding), strict=True))
+    config["rope_parameters"] = dict(zip(LAYER_TYPES, (full, sliding), strict=True))
 
 
 def _sizes(config: dict[str, Any]) -> None:
+    family = FAMILIES.get(config["model_type"])
+    for key, value in (family.complete(config) if family else {}).items():
+        config.setdefault(key, value)
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     if config.get("num_key_value_heads") is None:
         config["num_key_value_heads"] = heads
@@ -91,7 +94,6 @@ def _sizes(config: dict[str, Any]) -> None:
     if experts is not None:
         config.setdefault("num_experts", experts)
         config.setdefault("num_local_experts", experts)
-    family = FAMILIES.get(config["model_type"])
     defaults = family.defaults if family else _DEFAULTS.get(config["model_type"], {})
     for key, value in defaults.items():
         config.setdefault(key, value)
@@ -131,9 +133,9 @@ def _layers(config: dict[str, Any]) -> None:
             config["layer_types"] = [
                 "full_attention" if i in full else "conv" for i in range(count)
             ]
-        elif family in _PERIODS:
-            period = config.get("sliding_window_pattern") or _PERIODS[family]
-            config["layer_types"] = layer_types(count, period)
+        elif usual := _period(config):
+            said = config.get("sliding_window_pattern")
+            config["layer_types"] = layer_types(count, said if isinstance(said, int) else usual)
     types = config.get("layer_types")
     if family == "lfm2" and types:
         config["full_attn_idxs"] = [i for i, kind in enumerate(types) if kind == "full_attention"]
@@ -146,6 +148,8 @@ def _layers(config: dict[str, Any]) -> None:
 _PERIODS: Mapping[str, int] = MappingProxyType({"gemma2": 2, "gpt_oss": 2, "gemma3_text": 6})
 
 
-def layer_types(count: int, period: int) -> list[str]:
-    """Every ``period``-th of ``count`` layers sees all, the others a window."""
-    return [_LAYER_TYPES[(i + 1) % period != 0] for i in range(count)]
+def _period(config: Mapping[str, Any]) -> int | None:
+    family = FAMILIES.get(config["model_type"])
+    if family is None:
+        return _PERIODS.get(config["model_type"])
+    return family.period if config.get("sliding_window") else None

@@ -21,6 +21,7 @@ from rl_mlx.convert.shapes import (
     linear,
     mlp,
     norms,
+    outer,
     pre_norms,
     size,
 )
@@ -38,21 +39,21 @@ def layout(config: Config, tensors: int) -> Shapes:
     ``config`` is of a family that ``knows`` knows; ``tensors`` are as many as the file has, of
     which every layer needs some. Raises ``FormatError`` where a size is missing or is none.
     """
-    layers, hidden, vocab = (
-        size(config, key) for key in ("num_hidden_layers", "hidden_size", "vocab_size")
-    )
+    layers = size(config, "num_hidden_layers")
     if layers > tensors:
         raise FormatError(f"{layers} layers are not in {tensors} tensors; download it again")
     types = config.get("layer_types")
     if types is not None and (not isinstance(types, list) or len(types) != layers):
         raise FormatError(f"'layer_types' of the configuration must name {layers} layers")
-    final = "embedding_norm" if config["model_type"] == "lfm2" else "norm"
-    shapes: Shapes = {"model.embed_tokens.weight": (vocab, hidden)}
+    family = FAMILIES.get(config["model_type"])
+    at = family.layers if family else "model.layers"
+    if family is not None:
+        shapes = dict(family.outer(config))
+    else:
+        norm = "embedding_norm" if config["model_type"] == "lfm2" else "norm"
+        shapes = outer(config, norm=norm)
     for i in range(layers):
-        shapes |= {f"model.layers.{i}.{name}": s for name, s in _block(config, i).items()}
-    shapes[f"model.{final}.weight"] = (hidden,)
-    if not config.get("tie_word_embeddings", False):
-        shapes["lm_head.weight"] = (vocab, hidden)
+        shapes |= {f"{at}.{i}.{name}": s for name, s in _block(config, i).items()}
     return shapes
 
 

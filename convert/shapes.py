@@ -58,9 +58,24 @@ def linear(name: str, *shape: int, bias: bool = False) -> Shapes:
     return shapes
 
 
-def norms(width: int, *names: str) -> Shapes:
-    """Weights of norms over ``width``."""
-    return {f"{name}.weight": (width,) for name in names}
+def norms(width: int, *names: str, bias: bool = False) -> Shapes:
+    """Weights of norms over ``width``, and their biases where they have some."""
+    parts = ("weight", "bias") if bias else ("weight",)
+    return {f"{name}.{part}": (width,) for name in names for part in parts}
+
+
+def outer(
+    config: Config, *, norm: str = "norm", norm_bias: bool = False, head_bias: bool = False
+) -> Shapes:
+    """What lies outside the layers: the embedding, the last norm, and a head where it is no tied
+    one.
+    """
+    vocab, hidden = size(config, "vocab_size"), size(config, "hidden_size")
+    shapes = linear("model.embed_tokens", vocab, hidden)
+    shapes |= norms(hidden, f"model.{norm}", bias=norm_bias)
+    if not config.get("tie_word_embeddings", False):
+        shapes |= linear("lm_head", vocab, hidden, bias=head_bias)
+    return shapes
 
 
 def attention(

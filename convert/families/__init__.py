@@ -5,10 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from rl_mlx.convert.families import deepseek, mixtures, qwen_moe
+from rl_mlx.convert.families import (
+    deepseek,
+    layer_norms,
+    llama_like,
+    mixtures,
+    post_norms,
+    qwen_moe,
+)
 from rl_mlx.convert.family import Family
 
-FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {**qwen_moe.FAMILIES, **deepseek.FAMILIES, **mixtures.FAMILIES}
-)
+FAMILIES: Mapping[str, Family] = MappingProxyType({
+    **llama_like.FAMILIES,
+    **layer_norms.FAMILIES,
+    **post_norms.FAMILIES,
+    **qwen_moe.FAMILIES,
+    **deepseek.FAMILIES,
+    **mixtures.FAMILIES,
+})  # fmt: skip
 """By ``model_type``."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,21 @@ class Change:
             return rows
         back = np.argsort(self.rows)
         return rows.reshape(-1, len(back), *rows.shape[1:])[:, back].reshape(rows.shape)
+
+
+_ROTATED = re.compile(r"model\.layers\.\d+\.self_attn\.[qk]_proj\.(?:weight|bias)")
+
+
+def interleaved(config: Mapping[str, Any], name: str) -> Change | None:
+    """Q and K as llama.cpp has them where it rotates pairs of neighbours and the model halves."""
+    return Change(rows=half_split(config["head_dim"])) if _ROTATED.fullmatch(name) else None
+
+
+def norms_from_one(_config: Mapping[str, Any], name: str) -> Change | None:
+    """Weights of norms with the 1 in them that the model adds to each."""
+    if not name.endswith("norm.weight"):
+        return None
+    return Change(value=lambda a: a - np.float32(1), back=lambda a: a + np.float32(1))
 
 
 def half_split(dims: int) -> Order:

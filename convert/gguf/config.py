@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from rl_mlx.convert.families import FAMILIES
+from rl_mlx.convert.families.words import layer_types, read_dense, read_windows
+from rl_mlx.convert.family import RMS_NORM
 from rl_mlx.convert.gguf.keys import Keys
 from rl_mlx.convert.gguf.reader import GGUFFile
 from rl_mlx.convert.gguf.rope import rope_parameters
-from rl_mlx.convert.hfconfig import bilingual, layer_types
+from rl_mlx.convert.hfconfig import bilingual
 from rl_mlx.errors import FormatError, UnsupportedModel
 
 Fields = dict[str, Any]
@@ -36,7 +36,7 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
         )
     name, fields = readers[arch]
     keys = Keys(file, arch)
-    config = _common(keys) | {"model_type": name} | fields(keys)
+    config = _common(keys, name) | {"model_type": name} | fields(keys)
     config["architectures"] = [_class_name(config["model_type"])]
     return bilingual(config)
 
@@ -46,7 +46,7 @@ def _class_name(model_type: str) -> str:
     return family.class_name if family else _CLASSES[model_type]
 
 
-def _common(keys: Keys) -> Fields:
+def _common(keys: Keys, model_type: str) -> Fields:
     file = keys.file
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
@@ -70,6 +70,8 @@ def _common(keys: Keys) -> Fields:
             f"{keys.path}: values of another width than keys are not supported on MLX; "
             "try --backend llama.cpp"
         )
+    family = FAMILIES.get(model_type)
+    epsilon, key = family.epsilon if family else ("rms_norm_eps", RMS_NORM)
     config: Fields = {
         "vocab_size": embedding.shape[0],
         "hidden_size": keys.hidden,
@@ -77,7 +79,7 @@ def _common(keys: Keys) -> Fields:
         "num_attention_heads": keys.uniform("attention.head_count"),
         "head_dim": keys.head_dim,
         "max_position_embeddings": keys.count("context_length"),
-        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        epsilon: keys.number(key),
         "rope_parameters": rope_parameters(file, keys.arch, keys.head_dim),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "hidden_act": "silu",
@@ -86,13 +88,6 @@ def _common(keys: Keys) -> Fields:
         if f"tokenizer.ggml.{name}" in file.metadata:
             config[name] = file.int(f"tokenizer.ggml.{name}")
     return config
-
-
-def _dense(keys: Keys) -> Fields:
-    return {
-        "num_key_value_heads": keys.uniform("attention.head_count_kv", keys.heads),
-        "intermediate_size": keys.uniform("feed_forward_length"),
-    }
 
 
 def _experts(keys: Keys) -> Fields:
@@ -108,7 +103,7 @@ def _llama(keys: Keys) -> Fields:
             f"{keys.path}: {keys.arch} models that rotate a part of each head are not supported "
             "on MLX; try --backend llama.cpp"
         )
-    fields = _dense(keys)
+    fields = read_dense(keys)
     if keys.file.int(f"{keys.arch}.expert_count", 0):
         return fields | _experts(keys) | {"model_type": "mixtral"}
     for field, tensor in (("attention_bias", "attn_q"), ("mlp_bias", "ffn_down")):
@@ -151,18 +146,6 @@ def _dense_or_experts(keys: Keys) -> Fields:
     return fields | {"intermediate_size": keys.uniform("feed_forward_length", inner)}
 
 
-def _windows(keys: Keys, period: int) -> Fields:
-    """Which layers see a window; ``period`` where the file does not say."""
-    if not keys.has("attention.sliding_window"):
-        return {"sliding_window": None, "layer_types": layer_types(keys.layers, 1)}
-    key = "attention.sliding_window_pattern"
-    if isinstance(keys.file.get(f"{keys.arch}.{key}"), np.ndarray):
-        kinds = ["sliding_attention" if w else "full_attention" for w in keys.per_layer(key)]
-    else:
-        kinds = layer_types(keys.layers, keys.count(key, period))
-    return {"sliding_window": keys.count("attention.sliding_window"), "layer_types": kinds}
-
-
 def _gemma_scale(keys: Keys, largest: int) -> Fields:
     """Scores are divided by the root of this: the head's width, but not in the largest model.
 
@@ -176,11 +159,11 @@ def _gemma_scale(keys: Keys, largest: int) -> Fields:
 
 
 def _gemma2(keys: Keys) -> Fields:
-    windows = _windows(keys, 2)
+    windows = read_windows(keys, 2)
     if windows["sliding_window"] is None:
         windows = {"sliding_window": 4096, "layer_types": layer_types(keys.layers, 2)}
     return {
-        **_dense(keys),
+        **read_dense(keys),
         **windows,
         **_gemma_scale(keys, 46),
         "attn_logit_softcapping": keys.number("attn_logit_softcapping", 50.0),
@@ -194,8 +177,8 @@ def _gemma3(keys: Keys) -> Fields:
     local = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 10_000.0)}
     cap = keys.number("final_logit_softcapping", 0.0)
     return {
-        **_dense(keys),
-        **_windows(keys, 6),
+        **read_dense(keys),
+        **read_windows(keys, 6),
         **_gemma_scale(keys, 62),
         "rope_parameters": {"full_attention": full, "sliding_attention": local},
         "attn_logit_softcapping": None,
@@ -210,7 +193,7 @@ _GELU: Mapping[str, str] = MappingProxyType(
 
 
 def _phi3(keys: Keys) -> Fields:
-    fields = _dense(keys) | {"sliding_window": None}
+    fields = read_dense(keys) | {"sliding_window": None}
     if window := keys.file.int(f"{keys.arch}.attention.sliding_window", 0):
         fields["sliding_window"] = window  # the converter writes 0 for Phi 4, which has none
     if keys.has("rope.scaling.original_context_length"):
@@ -225,7 +208,7 @@ def _gpt_oss(keys: Keys) -> Fields:
         parameters["truncate"] = False  # its config says so, and GGUF has no word for it
     return {
         **_experts(keys),
-        **_windows(keys, 2),
+        **read_windows(keys, 2),
         "num_key_value_heads": keys.uniform("attention.head_count_kv", keys.heads),
         "intermediate_size": keys.count("expert_feed_forward_length"),
         "rope_parameters": parameters,
@@ -254,8 +237,8 @@ _ARCHITECTURES: Mapping[str, tuple[str, Callable[[Keys], Fields]]] = MappingProx
     {
         "llama": ("llama", _llama),
         "mistral3": ("mistral", _mistral3),
-        "qwen2": ("qwen2", _dense),
-        "qwen3": ("qwen3", _dense),
+        "qwen2": ("qwen2", read_dense),
+        "qwen3": ("qwen3", read_dense),
         "qwen3moe": ("qwen3_moe", _qwen3_moe),
         "gemma2": ("gemma2", _gemma2),
         "gemma3": ("gemma3_text", _gemma3),

@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rl_mlx.convert.families import FAMILIES
+from rl_mlx.convert.families.words import write_windows
+from rl_mlx.convert.family import RMS_NORM
 from rl_mlx.convert.gguf.rope import FREQS, LONGROPE
 from rl_mlx.convert.gguf.writer import MetadataValue
 from rl_mlx.convert.layout import feed_forward_width
@@ -63,7 +65,7 @@ def fields(config: Config) -> Fields:
         "attention.head_count_kv": _kv_heads(config),
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
-        "attention.layer_norm_rms_epsilon": float(_epsilon(config)),
+        **_epsilon(config),
         "rope.dimension_count": int(head_dim * config.get("partial_rotary_factor", 1.0)),
         "rope.freq_base": float(_rope(config)["rope_theta"]),
     }
@@ -104,11 +106,13 @@ def _kv_heads(config: Config) -> int:
     return found
 
 
-def _epsilon(config: Config) -> float:
-    for key in ("rms_norm_eps", "norm_eps"):
-        if config.get(key) is not None:
-            return float(config[key])
-    return 1e-6  # what transformers takes where a config is silent
+def _epsilon(config: Config) -> Fields:
+    family = FAMILIES.get(config["model_type"])
+    named, key = family.epsilon if family else ("rms_norm_eps", RMS_NORM)
+    for name in (named, "norm_eps"):
+        if config.get(name) is not None:
+            return {key: float(config[name])}
+    return {key: 1e-6}  # what transformers takes where a config is silent
 
 
 def _rope(config: Config) -> dict[str, Any]:
@@ -189,21 +193,6 @@ def _ministral3(config: Config) -> Fields:
     return {} if beta is None else {"attention.temperature_scale": float(beta)}
 
 
-def _window(config: Config, period: int | None) -> Fields:
-    """Windows of a family where every ``period``-th layer has none; None where all have one."""
-    window = config.get("sliding_window")
-    kinds = config.get("layer_types") or []
-    if not window or (kinds and "sliding_attention" not in kinds):
-        return {}
-    windowed = [kind == "sliding_attention" for kind in kinds]
-    if period and kinds and windowed != [(i + 1) % period != 0 for i in range(len(kinds))]:
-        return {
-            "attention.sliding_window": window,
-            "attention.sliding_window_pattern": np.array(windowed),
-        }
-    return {"attention.sliding_window": window}
-
-
 def _gemma2(config: Config) -> Fields:
     caps = {
         "attn_logit_softcapping": config.get("attn_logit_softcapping"),
@@ -211,7 +200,7 @@ def _gemma2(config: Config) -> Fields:
     }
     given: Fields = {key: float(cap) for key, cap in caps.items() if cap}
     _check_scale(config, 46)
-    return given | _window(config, 2)
+    return given | write_windows(config, 2)
 
 
 def _gemma3(config: Config) -> Fields:
@@ -221,7 +210,7 @@ def _gemma3(config: Config) -> Fields:
     local = rope.get("sliding_attention", {}).get("rope_theta")
     base = local or config.get("rope_local_base_freq") or 10000.0
     capped: Fields = {"final_logit_softcapping": float(cap)} if cap else {}
-    return capped | {"rope.freq_base_swa": float(base)} | _window(config, 6)
+    return capped | {"rope.freq_base_swa": float(base)} | write_windows(config, 6)
 
 
 def _check_scale(config: Config, largest: int) -> None:
@@ -248,7 +237,7 @@ def _phi3(config: Config) -> Fields:
 
 def _gpt_oss(config: Config) -> Fields:
     inner = config["intermediate_size"]
-    return {**_used(config), "expert_feed_forward_length": inner, **_window(config, 2)}
+    return {**_used(config), "expert_feed_forward_length": inner, **write_windows(config, 2)}
 
 
 def _lfm2(config: Config) -> Fields:

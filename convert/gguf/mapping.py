@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 import numpy as np
 
 from rl_mlx.convert.families import FAMILIES
-from rl_mlx.convert.gguf.changes import Change, Order, half_split, moved
+from rl_mlx.convert.gguf.changes import Change, Order, interleaved, moved, norms_from_one
 from rl_mlx.convert.gguf.fields import ARCHITECTURES, INTERLEAVED
 from rl_mlx.convert.quantize import dequantize
 from rl_mlx.convert.shapes import Config
 from rl_mlx.convert.weights import Dense, Packed, Tensor
-
-_ROTATED = re.compile(r"model\.layers\.\d+\.self_attn\.[qk]_proj\.(?:weight|bias)")
 
 
 def change(config: Config, name: str) -> Change | None:
@@ -26,10 +23,10 @@ def change(config: Config, name: str) -> Change | None:
     family = config["model_type"]
     if family in FAMILIES:
         return FAMILIES[family].change(config, name)
-    if family in INTERLEAVED and _ROTATED.fullmatch(name):
-        return Change(rows=half_split(config["head_dim"]))
-    if family.startswith("gemma") and name.endswith("norm.weight"):
-        return Change(value=lambda a: a - np.float32(1), back=lambda a: a + np.float32(1))
+    if family in INTERLEAVED:
+        return interleaved(config, name)
+    if family.startswith("gemma"):
+        return norms_from_one(config, name)
     if name.endswith("conv.conv.weight"):  # LFM2's kernels have an axis less in the file
         return Change(shape=(config["hidden_size"], config["conv_L_cache"]))
     return None

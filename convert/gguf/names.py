@@ -13,6 +13,10 @@ _TOP: Mapping[str, str] = MappingProxyType(
         "model.embed_tokens": "token_embd",
         "model.norm": "output_norm",
         "model.embedding_norm": "token_embd_norm",
+        "model.final_layernorm": "output_norm",
+        "model.wte": "token_embd",
+        "model.wpe": "position_embd",
+        "model.ln_f": "output_norm",
         "lm_head": "output",
         "rope_freqs": "rope_freqs",
     }
@@ -93,7 +97,7 @@ _BLOCKS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "lfm2": _LFM2,
     }
 )
-_BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)", re.DOTALL)
+_BLOCK = re.compile(r"model\.(?:layers|h)\.(\d+)\.(.+)", re.DOTALL)
 
 
 def gguf_name(model_type: str, name: str) -> str:

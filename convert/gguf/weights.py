@@ -13,7 +13,6 @@ from rl_mlx.convert import layout
 from rl_mlx.convert.families import FAMILIES
 from rl_mlx.convert.gguf.blocks import block
 from rl_mlx.convert.gguf.config import gguf_config
-from rl_mlx.convert.gguf.fields import INTERLEAVED
 from rl_mlx.convert.gguf.mapping import change, moved_columns
 from rl_mlx.convert.gguf.names import gguf_names
 from rl_mlx.convert.gguf.reader import GGUFFile
@@ -48,12 +47,13 @@ class GGUFWeights(Weights):
         self.path = path
         self._file = file = GGUFFile.open(path)
         self.config = gguf_config(file)
-        self._interleaved = self.config["model_type"] in INTERLEAVED
         try:
             self._expected = layout.layout(self.config, len(file.tensors))
         except FormatError as error:
             raise FormatError(f"{path}: {error}") from error
-        if FREQS in file.tensors and self.config["rope_parameters"]["rope_type"] == "default":
+        kind = self.config["rope_parameters"].get("rope_type")
+        self._derived = {*LONGROPE, FREQS} if kind == "llama3" else {*LONGROPE}
+        if FREQS in file.tensors and kind == "default":
             self._expected[FREQS] = (self.config["head_dim"] // 2,)
         self._changes = {
             name: found for name in self._expected if (found := change(self.config, name))
@@ -170,11 +170,10 @@ class GGUFWeights(Weights):
             sources[name]: self._shape_in_file(name, shape)
             for name, shape in self._expected.items()
         }
-        factors = {*LONGROPE, FREQS} if self._interleaved else {*LONGROPE}
         found = {
             name: info.shape
             for name, info in tensors.items()
-            if name in expected or not (name in factors or self._is_unused(name))
+            if name in expected or not (name in self._derived or self._is_unused(name))
         }
         for name, shape in found.items():  # converters keep axes of 1, or not
             if name in expected and squeezed(shape) == squeezed(expected[name]):

@@ -92,7 +92,7 @@ def test_derived_tensors_are_dropped_and_bare_decoders_get_their_prefix(
 
 
 def test_other_families_keep_the_names_of_their_files(make_folder):
-    config = {"model_type": "starcoder2", "rope_theta": 1e5, "tie_word_embeddings": True}
+    config = {"model_type": "helium", "rope_theta": 1e5, "tie_word_embeddings": True}
     arrays = {"model.layers.0.mlp.c_fc.weight": mx.ones((4, 64)), "lm_head.weight": mx.ones((2, 2))}
     weights = FolderWeights(make_folder(config, {"model.safetensors": arrays}))
     assert set(weights.names()) == set(arrays)

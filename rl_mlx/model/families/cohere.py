@@ -30,10 +30,9 @@ def _decoder(config: Config, context: int, mixers: list[dict[str, Any]]) -> Deco
         )
         for i, more in enumerate(mixers)
     )
-    eps = float(config.get("layer_norm_eps", 1e-5))
     tied = bool(config.get("tie_word_embeddings", True))
     return DecoderPlan(
         layers=layers, names=Names(mlp_norm=None), norm="layer", parallel=True,
         logit_scale=float(config.get("logit_scale", 0.0625)),
-        **base(config, context, norm_eps=eps, tied=tied),
+        **base(config, context, norm_eps=config["layer_norm_eps"], tied=tied),
     )  # fmt: skip

@@ -19,8 +19,7 @@ def plan(config: Config, context: int) -> DecoderPlan:
         for i in range(config["num_hidden_layers"])
     )
     tied = bool(config.get("tie_word_embeddings", True))
-    eps = float(config.get("rms_norm_eps", 1e-5))
-    return DecoderPlan(layers=layers, **base(config, context, norm_eps=eps, tied=tied))
+    return DecoderPlan(layers=layers, **base(config, context, tied=tied))
 
 
 def plan_moe(config: Config, context: int) -> DecoderPlan:

@@ -18,7 +18,4 @@ def plan(config: Config, context: int) -> DecoderPlan:
         more: dict[str, Any] = {"rope": None} if still else {}
         mixer = attention(config, context, i, qk_norm=True, **more)
         layers.append(LayerPlan(mixer=mixer, mlp=mlp(config)))
-    eps = float(config.get("rms_norm_eps", 1e-5))
-    return DecoderPlan(
-        layers=tuple(layers), names=POST_NORMS, **base(config, context, norm_eps=eps)
-    )
+    return DecoderPlan(layers=tuple(layers), names=POST_NORMS, **base(config, context))

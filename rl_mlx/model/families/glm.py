@@ -19,8 +19,7 @@ def plan(config: Config, context: int) -> DecoderPlan:
         )
         for i in range(config["num_hidden_layers"])
     )
-    eps = float(config.get("rms_norm_eps", 1.5625e-07))
-    return DecoderPlan(layers=layers, names=_NAMES, **base(config, context, norm_eps=eps))
+    return DecoderPlan(layers=layers, names=_NAMES, **base(config, context))
 
 
 def plan_moe(config: Config, context: int) -> DecoderPlan:

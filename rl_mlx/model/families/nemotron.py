@@ -16,8 +16,7 @@ def plan(config: Config, context: int) -> DecoderPlan:
         )
         for i in range(config["num_hidden_layers"])
     )
-    eps = float(config.get("norm_eps", 1e-5))
     return DecoderPlan(
         layers=layers, norm="layer", norm_bias=True, norm_offset=1.0,
-        **base(config, context, norm_eps=eps),
+        **base(config, context, norm_eps=config["norm_eps"]),
     )  # fmt: skip

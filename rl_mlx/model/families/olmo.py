@@ -25,5 +25,4 @@ def plan(config: Config, context: int) -> DecoderPlan:
         )
         for i in range(config["num_hidden_layers"])
     )
-    eps = float(config.get("rms_norm_eps", 1e-5))
-    return DecoderPlan(layers=layers, names=POST_NORMS, **base(config, context, norm_eps=eps))
+    return DecoderPlan(layers=layers, names=POST_NORMS, **base(config, context))

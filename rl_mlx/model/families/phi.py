@@ -17,8 +17,7 @@ def plan(config: Config, context: int) -> DecoderPlan:
         )
         for i in range(config["num_hidden_layers"])
     )
-    eps = float(config.get("layer_norm_eps", 1e-5))
     return DecoderPlan(
         layers=layers, names=_NAMES, norm="layer", norm_bias=True, parallel=True, head_bias=True,
-        **base(config, context, norm_eps=eps),
+        **base(config, context, norm_eps=config["layer_norm_eps"]),
     )  # fmt: skip

@@ -25,8 +25,7 @@ def plan(config: Config, context: int) -> DecoderPlan:
         k_norm="k_layernorm",
         mlp_norm=None if parallel else "post_attention_layernorm",
     )
-    eps = float(config.get("layer_norm_eps", 1e-5))
     return DecoderPlan(
         layers=layers, names=names, norm="layer", norm_bias=True, parallel=parallel,
-        **base(config, context, norm_eps=eps),
+        **base(config, context, norm_eps=config["layer_norm_eps"]),
     )  # fmt: skip

@@ -18,9 +18,8 @@ def plan(config: Config, context: int) -> DecoderPlan:
         )
         for i in range(config["num_hidden_layers"])
     )
-    eps = float(config.get("norm_epsilon", 1e-5))
     tied = bool(config.get("tie_word_embeddings", True))
     return DecoderPlan(
         layers=layers, names=_NAMES, norm="layer", norm_bias=True,
-        **base(config, context, norm_eps=eps, tied=tied),
+        **base(config, context, norm_eps=config["norm_epsilon"], tied=tied),
     )  # fmt: skip

@@ -264,7 +264,7 @@ def test_bfloat16_and_float16_keep_their_bits(mlx_arrays, hf_config, make_folder
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"model_type": "stablelm"}, "stablelm"),
+        ({"model_type": "helium"}, "helium"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "dynamic",

@@ -67,7 +67,7 @@ def test_what_is_written_is_read_back(name, hf_config, make_folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model_type": "stablelm"}, "known are llama"),
+        ({"model_type": "helium"}, "known are llama"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}},
