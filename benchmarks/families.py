@@ -6,6 +6,7 @@ needs the ``parity`` and ``dev`` extras. With names of families, those alone are
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from rl_mlx.model.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
+REGISTRY = ROOT / "tests" / "families" / "registry"
 PAGE = ROOT / "docs" / "families.md"
 START, END = "<!-- table -->\n", "<!-- end of table -->"
 COLUMNS = ("safetensors", "gguf", "llama.cpp")
@@ -42,7 +44,9 @@ def table(rows: dict[str, dict[str, str]]) -> str:
     """Markdown, a line a family."""
     lines = [HEADS, ("---",) * len(HEADS)]
     for family, row in sorted(rows.items()):
-        by = "ours" if family in FAMILIES else "mlx-lm's"
+        entry = json.loads((REGISTRY / f"{family}.json").read_text("utf-8"))
+        model_type = entry["config"].get("model_type", family)
+        by = "ours" if model_type in FAMILIES else "mlx-lm's"
         lines.append((family, *(row.get(column, "no") for column in COLUMNS), by))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
