@@ -70,7 +70,7 @@ def test_what_is_written_is_read_back(name, hf_config, make_folder, tmp_path):
         ({"model_type": "helium"}, "known are llama"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}},
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale_all_dim": 1.0}},
             "mscale",
         ),
         ({"model_type": "gemma2", "query_pre_attn_scalar": 100}, "query_pre_attn_scalar"),
