@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from csv import DictWriter
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rl_mlx import __version__
 from rl_mlx.cli.load import open_llm
-from rl_mlx.cli.options import Json, Model, ModelFlags, takes_flags
-from rl_mlx.cli.terminal import print_json, size
+from rl_mlx.cli.options import Model, ModelFlags, takes_flags
+from rl_mlx.cli.results import ResultFlags
+from rl_mlx.cli.terminal import size
 from rl_mlx.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from rl_mlx.lab.bench import Speed
-    from rl_mlx.types import ModelInfo
+    from rl_mlx.lab.bench import Benchmark, Row
+    from rl_mlx.llm import LLM
 
 NAME = "bench"
 
@@ -40,11 +45,18 @@ def command(
     repeats: Annotated[
         int, typer.Option("--repeats", "-r", help="Runs that are averaged.", min=1, metavar="N")
     ] = 5,
-    json: Json = False,
+    vs: Annotated[
+        str | None,
+        typer.Option("--vs", help="A backend or a model to take turns with.", metavar="OTHER"),
+    ] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    result: ResultFlags,
 ) -> None:
     """Measure how fast prompts are read and answers are written, as a Markdown table."""
-    from rl_mlx.lab.bench import cases, measure
+    from rl_mlx.lab.bench import benchmark, cases, measure_in_turns, rows
 
+    if csv and result.json:
+        raise InvalidRequest("--csv and --json exclude each other")
     wanted = cases(
         _numbers("--prompt", prompt, 0),
         _numbers("--generate", generate, 0),
@@ -53,14 +65,39 @@ def command(
     )
     if not wanted:
         raise InvalidRequest("nothing is to be measured: --prompt and --generate are both 0")
-    with open_llm(model, loading) as llm:
-        if json:
-            speeds = [measure(llm, case, repeats) for case in wanted]
-            print_json(_document(llm.info, speeds))
-            return
-        _print_head(llm.info)
+    live = not csv and not result.json
+    with ExitStack() as opened:
+        sides = [opened.enter_context(open_llm(model, loading))]
+        if vs is not None:
+            sides.append(opened.enter_context(_open_other(vs, model, loading)))
+        table = _Table(with_ratio=vs is not None)
+        if live:
+            table.head(sides)
+        found: list[Row] = []
         for case in wanted:
-            _print_row(llm.info, measure(llm, case, repeats))
+            found += rows(sides, measure_in_turns(sides, case, repeats))
+            if live:
+                table.rows(found[-len(sides) :])
+    report = benchmark(found)
+    if csv:
+        _print_csv(report)
+    result.show(report, [])
+
+
+def _open_other(vs: str, model: str, loading: ModelFlags) -> LLM:
+    """The other side: the same model on the backend ``vs``, else the model ``vs``."""
+    from rl_mlx.backends.choice import NAMES, is_url
+
+    if vs in NAMES or is_url(vs):
+        return open_llm(model, replace(loading, backend=vs))
+    return open_llm(vs, loading)
+
+
+def _print_csv(report: Benchmark) -> None:
+    records = report.records()
+    writer = DictWriter(sys.stdout, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
 
 
 def _numbers(option: str, text: str, least: int) -> list[int]:
@@ -73,71 +110,50 @@ def _numbers(option: str, text: str, least: int) -> list[int]:
     return list(dict.fromkeys(map(int, words)))
 
 
-def _machine() -> dict[str, Any]:
-    from rl_mlx.backends import machine
-
-    return {
-        "cpu": machine.cpu_name(),
-        "cores": machine.physical_cores(),
-        "gpus": [gpu.name for gpu in machine.gpus()],
-        "memory": machine.memory_total(),
-    }
+_COLUMNS = (
+    ("model", 20), ("size", 10), ("params", 10), ("backend", 10), ("test", 20), ("tokens/s", 20),
+    ("ratio", 8),
+)  # fmt: skip
+_RIGHT = {"size", "params", "tokens/s", "ratio"}
 
 
-def _document(info: ModelInfo, speeds: list[Speed]) -> dict[str, Any]:
-    return {
-        "rl_mlx": __version__,
-        "machine": _machine(),
-        "model": {
-            name: getattr(info, name)
-            for name in (
-                "name", "architecture", "parameters", "weight_bytes", "bits_per_weight",
-                "backend", "device", "dtype",
-            )
-        },
-        "results": [
-            {
-                "test": speed.case.name,
-                **asdict(speed.case),
-                "tokens_per_second": speed.mean,
-                "deviation": speed.deviation,
-                "repeats": list(speed.rates),
-            }
-            for speed in speeds
-        ],
-    }  # fmt: skip
+class _Table:
+    """Markdown that grows a row at a time; the ratio's column only where there is one."""
 
+    def __init__(self, *, with_ratio: bool) -> None:
+        self._columns = _COLUMNS if with_ratio else _COLUMNS[:-1]
 
-_WIDTHS = (20, 10, 10, 10, 20, 20)
+    def head(self, sides: Sequence[LLM]) -> None:
+        from rl_mlx.backends import machine
+        from rl_mlx.lab.energy import Meter
 
+        cores = machine.physical_cores()
+        parts = [machine.cpu_name(), f"{cores} core" + ("s" if cores != 1 else "")]
+        parts += [gpu.name for gpu in machine.gpus()]
+        parts += [f"{size(machine.memory_total())} of memory"]
+        where = " and ".join(f"{llm.info.backend} on {llm.info.device}" for llm in sides)
+        energy = "" if Meter().packages else "; no energy, which this machine does not tell"
+        print(f"{', '.join(parts)}; rl-mlx {__version__}, {where}{energy}\n")
+        self._line([name for name, _ in self._columns])
+        self._line(
+            [
+                f"{'-' * (w - 1)}:" if name in _RIGHT else f":{'-' * (w - 1)}"
+                for name, w in self._columns
+            ]
+        )
 
-def _print_head(info: ModelInfo) -> None:
-    found = _machine()
-    cores = f"{found['cores']} core" + ("s" if found["cores"] != 1 else "")
-    parts = [found["cpu"], cores, *found["gpus"], f"{size(found['memory'])} of memory"]
-    print(f"{', '.join(parts)}; rl-mlx {__version__}, {info.backend} on {info.device}\n")
-    _print_cells("model", "size", "params", "backend", "test", "tokens/s")
-    left, right = [f":{'-' * (w - 1)}" for w in _WIDTHS], [f"{'-' * (w - 1)}:" for w in _WIDTHS]
-    _print_cells(left[0], right[1], right[2], *left[3:5], right[5])
+    def rows(self, found: Sequence[Row]) -> None:
+        from rl_mlx.cli.show import count
 
+        for row in found:
+            speed = f"{row.tokens_per_second:.2f} ± {row.deviation:.2f}"
+            ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
+            cells = [row.model, size(row.bytes), count(row.parameters), row.backend, row.test]
+            self._line([*cells, speed, ratio][: len(self._columns)])
 
-def _print_row(info: ModelInfo, speed: Speed) -> None:
-    from rl_mlx.cli.show import count
-
-    _print_cells(
-        info.name,
-        size(info.weight_bytes),
-        count(info.parameters),
-        info.backend,
-        speed.case.name,
-        f"{speed.mean:.2f} ± {speed.deviation:.2f}",
-    )
-
-
-def _print_cells(*cells: str) -> None:
-    right = (1, 2, 5)
-    padded = [
-        text.rjust(width) if i in right else text.ljust(width)
-        for i, (text, width) in enumerate(zip(cells, _WIDTHS))
-    ]
-    print(f"| {' | '.join(padded)} |", flush=True)
+    def _line(self, cells: Sequence[str]) -> None:
+        padded = [
+            text.rjust(width) if name in _RIGHT else text.ljust(width)
+            for text, (name, width) in zip(cells, self._columns, strict=True)
+        ]
+        print(f"| {' | '.join(padded)} |", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import json
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 
 from rl_mlx.cli.main import main
 from rl_mlx.errors import InvalidRequest
-from rl_mlx.lab.bench import Case, Speed, cases, measure
+from rl_mlx.lab.bench import Benchmark, Case, Speed, _Run, cases, measure, measure_in_turns
+from rl_mlx.lab.energy import Meter
 from rl_mlx.types import Timings
 
 Capture = pytest.CaptureFixture[str]
@@ -95,13 +97,73 @@ def test_json(loaded, capsys: Capture) -> None:
     asked = loaded(lambda _: LONG)
     assert main(["bench", "m", "--json", "-p", "0", "-n", "8", "-r", "2", "--context", "400"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["machine"]["cores"] >= 1
-    assert found["model"]["name"] == "bytes"
-    (result,) = found["results"]
+    assert found["cores"] >= 1
+    (result,) = found["rows"]
+    assert (result["model"], result["ratio"]) == ("bytes", None)
     assert (result["test"], result["tokens"], result["streams"]) == ("tg8", 8, 1)
     assert len(result["repeats"]) == 2
     assert (result["tokens_per_second"], result["deviation"]) == (32, 0)
     assert asked[0][1].context == 400
+
+
+def test_sides_take_turns_and_the_ratio_is_of_pairs(make_llm, monkeypatch) -> None:
+    a, b = make_llm(lambda _: LONG), make_llm(lambda _: LONG)
+    order: list[str] = []
+    speeds = {"a": iter((1, 2, 4, 8, 16)), "b": iter((1, 1, 1, 4, 32))}
+
+    def run(llm, case, random):
+        side = "a" if llm is a else "b"
+        order.append(side)
+        return _Run(next(speeds[side]), 0.5, 3.0)
+
+    monkeypatch.setattr("rl_mlx.lab.bench._run", run)
+    first, second = measure_in_turns([a, b], Case("pp", 4), repeats=4)
+    assert "".join(order) == "abbaabbaab"
+    assert (first.rates, second.rates) == ((2, 4, 8, 16), (1, 1, 4, 32))
+    assert second.ratio(first) == 0.5
+    assert (first.first_token, first.joules, first.joules_per_token) == (0.5, 12, 0.75)
+
+
+def test_against_another_backend_or_model(loaded, capsys: Capture) -> None:
+    asked = loaded(lambda _: LONG)
+    assert main(["bench", "m", "--vs", "mlx", "-p", "16", "-n", "4", "-r", "2"]) == 0
+    *_, head, _, first, second, _, _ = capsys.readouterr().out.splitlines()
+    assert head.split("|")[-2].strip() == "ratio"
+    assert first.split("|")[-2].strip() == ""
+    assert second.split("|")[-2].strip() == "1.000"
+    assert main(["bench", "m", "--vs", "other", "-p", "0", "-n", "4", "-r", "1"]) == 0
+    assert [(model, s.backend) for model, s in asked] == [
+        ("m", "auto"), ("m", "mlx"), ("m", "auto"), ("other", "auto"),
+    ]  # fmt: skip
+
+
+def test_csv_a_file_and_a_plot(loaded, capsys: Capture, home: Path) -> None:
+    loaded(lambda _: LONG)
+    command = ["bench", "m", "--csv", "-p", "16", "-n", "4", "-r", "2", "--vs", "mlx"]
+    assert main([*command, "--save", "b.parquet", "--plot", "b.svg"]) == 0
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [(r["test"], r["ratio"]) for r in rows] == [
+        ("pp16", ""), ("pp16", "1.0"), ("tg4", ""), ("tg4", "1.0"),
+    ]  # fmt: skip
+    assert rows[0]["first_token"] == "0.5"
+    saved = Benchmark.load("b.parquet")
+    assert [r.repeats for r in saved.rows] == [(32, 32), (32, 32), (16, 16), (16, 16)]
+    assert "<svg" in Path("b.svg").read_text()
+
+
+def test_energy_is_that_of_whole_packages(tmp_path: Path) -> None:
+    assert Meter(tmp_path).joules() is None
+    for name, joules in (("intel-rapl:0", 5), ("intel-rapl:1", 999), ("intel-rapl:0:0", 7)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "max_energy_range_uj").write_text("1000000000\n")
+        (tmp_path / name / "energy_uj").write_text(f"{joules}000000\n")
+    meter = Meter(tmp_path)
+    assert meter.packages == 2
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("8000000")
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("1000000")  # it began again
+    assert meter.joules() == pytest.approx(3 + 2, abs=1e-5)
+    (tmp_path / "intel-rapl:1" / "energy_uj").unlink()
+    assert meter.joules() is None
 
 
 @pytest.mark.parametrize(
@@ -113,6 +175,7 @@ def test_json(loaded, capsys: Capture) -> None:
         (["-p", "0", "-n", "0"], "nothing is to be measured"),
         (["-r", "0"], "-r"),
         (["-p", "5000"], "set a longer --context"),
+        (["--csv", "--json"], "--csv and --json exclude each other"),
     ],
 )
 def test_wrong_commands(loaded, capsys: Capture, options: list[str], says: str) -> None:
@@ -126,5 +189,5 @@ def test_wrong_commands(loaded, capsys: Capture, options: list[str], says: str) 
 def test_the_demo_on_its_backend(home: Path, capsys: Capture) -> None:
     assert main(["bench", "demo", "-p", "32", "-n", "8", "-d", "0,64", "-r", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [r["test"] for r in found["results"]] == ["pp32", "tg8", "pp32 @ d64", "tg8 @ d64"]
-    assert all(r["tokens_per_second"] > 0 for r in found["results"])
+    assert [r["test"] for r in found["rows"]] == ["pp32", "tg8", "pp32 @ d64", "tg8 @ d64"]
+    assert all(r["tokens_per_second"] > 0 for r in found["rows"])
