@@ -9,6 +9,7 @@ STEPS = 1.5
 _UNKNOWN = 64  # tokens, where nothing was measured yet
 _WEIGHT = 0.25  # of a new measurement of a decode step
 _OUTLIER = 4  # times what is known
+_LEAST = 0.1  # of a forward, which is the prompt's though a decode step took longer before
 
 
 class ChunkSize:
@@ -38,10 +39,15 @@ class ChunkSize:
             seconds = self._step + _WEIGHT * (min(seconds, _OUTLIER * self._step) - self._step)
         self._step = seconds
 
-    def read(self, tokens: int, asked: int, seconds: float) -> None:
-        """A chunk of ``tokens`` took so long; one much shorter than ``asked`` for says little."""
+    def read(self, tokens: int, asked: int, seconds: float, *, decoding: bool = False) -> None:
+        """A chunk of ``tokens`` took so long; one much shorter than ``asked`` for says little.
+
+        ``decoding``: streams took their step in the same forward.
+        """
         if self._token is not None and 2 * tokens < asked:
             return
+        if decoding and self._step is not None:
+            seconds = max(seconds - self._step, _LEAST * seconds)
         cost = seconds / tokens
         if self._token is not None and cost < self._token:  # dearer counts at once, cheaper slowly
             cost = (cost + self._token) / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from rl_mlx.backends.llamacpp import backend as module
 from rl_mlx.backends.llamacpp.backend import kv_types
 from rl_mlx.backends.llamacpp.library import Library, open_library
 from rl_mlx.backends.llamacpp.model import ALL_LAYERS, KV, Context, layer_counts, prepare
+from rl_mlx.engine.chunk import ChunkSize
 from rl_mlx.errors import (
     BackendUnavailable,
     FormatError,
@@ -35,7 +37,7 @@ from rl_mlx.errors import (
 )
 from rl_mlx.settings import ModelSettings
 from rl_mlx.store import ModelFiles
-from rl_mlx.types import Failed
+from rl_mlx.types import Failed, Progress
 
 pytestmark = pytest.mark.shared
 TEXT = [1, 403, 407, 261, 378, 432, 383, 286, 261, 376, 298, 315, 421, 395, 317, 426]
@@ -150,6 +152,22 @@ def test_sequences_wait_when_the_shared_cells_run_out(open_cpp: Any, start: Any)
         results.append([c.reply().ids for c in calls])
     assert results[0] == results[1]
     assert [len(ids) for ids in results[0]] == [100] * 8
+
+
+def test_a_prompt_is_read_in_small_chunks_beside_a_stream(
+    open_cpp: Any, start: Any, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = [1, *range(3, 90)]
+    alone = ask(open_cpp(), prompt, max_tokens=5)
+    monkeypatch.setattr(ChunkSize, "tokens", lambda chunks, *, beside: 8 if beside else chunks.most)
+    backend = open_cpp()
+    stream = start(backend, [1, 400], max_tokens=200, ignore_eos=True)
+    stream.first()
+    reply = start(backend, prompt, max_tokens=5).reply()
+    done = [e.done for e in reply.events if isinstance(e, Progress)]
+    assert [b - a for a, b in itertools.pairwise([0, *done])] == [8] * 11
+    assert reply.ids == alone.ids
+    assert len(stream.reply().ids) == 200
 
 
 def test_a_recurrent_model_reuses_what_it_can_and_refuses_speculation(

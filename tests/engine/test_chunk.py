@@ -65,3 +65,14 @@ def test_one_slow_step_is_no_reason_for_long_chunks():
     chunks.read(10, 10, 1.5)
     chunks.decoded(50.0)
     assert chunks.tokens(beside=True) < 20
+
+
+def test_a_step_in_the_same_forward_is_none_of_the_prompts_cost():
+    chunks = ChunkSize(512)
+    chunks.decoded(1.0)
+    chunks.read(10, 10, 2.0, decoding=True)
+    assert chunks.tokens(beside=True) == 15
+    chunks.read(
+        10, 10, 0.5, decoding=True
+    )  # faster than the step alone was: no sign of a free lunch
+    assert chunks.tokens(beside=True) < 30

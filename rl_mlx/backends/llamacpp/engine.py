@@ -1,8 +1,8 @@
 """Continuous batching over one llama.cpp context, on one thread.
 
 A step is one batch: the last token (and its guesses) of every running sequence, then prompts in the
-order they came, as far as there is room. Finished sequences stay in the cache as prefixes until
-their cells are needed.
+order they came, as far as there is room and running sequences may wait (``ChunkSize``). Finished
+sequences stay in the cache as prefixes until their cells are needed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TypeVar
 from rl_mlx.backends.llamacpp.draft import Drafter
 from rl_mlx.backends.llamacpp.model import CacheFull, Context
 from rl_mlx.backends.llamacpp.slots import Place, Slot, Slots, occupy
+from rl_mlx.engine.chunk import ChunkSize
 from rl_mlx.engine.mailbox import Mailbox
 from rl_mlx.engine.sequence import Sequence
 from rl_mlx.errors import EngineError, OutOfMemory, RlMlxError
@@ -58,6 +59,7 @@ class Engine:
         self._drafter = drafter
         self._draft_tokens = draft_tokens
         self._release = release
+        self._chunks = ChunkSize(context.room)
         self._waiting: list[Sequence] = []
         self._crowded = False  # cells ran out: nobody enters before somebody leaves
         self._mailbox = Mailbox()
@@ -154,15 +156,24 @@ class Engine:
             run.started, run.reused = time.perf_counter(), length
 
     def _step(self) -> None:
-        parts = self._plan()
+        began = time.perf_counter()
+        decoding = any(slot.is_decoding for slot in self._slots.running)
+        chunk = self._chunks.tokens(beside=decoding)
+        parts = self._plan(chunk)
         if not parts:
             return
+        prompts = sum(len(part.tokens) for part in parts if not part.slot.is_decoding)
         self._context.run()
         for part in parts:
             self._read(part)
+        seconds = time.perf_counter() - began
+        if prompts:
+            self._chunks.read(prompts, chunk, seconds, decoding=decoding)
+        else:
+            self._chunks.decoded(seconds)
 
-    def _plan(self) -> list[_Part]:
-        """Fill the batch: last tokens and their guesses, then prompts as far as there is room."""
+    def _plan(self, chunk: int) -> list[_Part]:
+        """Fill the batch: last tokens and their guesses, then ``chunk`` tokens of prompts."""
         running = self._slots.running
         decoding = [s for s in running if s.is_decoding]
         guesses = self._guesses(decoding)
@@ -173,6 +184,7 @@ class Engine:
             if tokens:  # with more sequences than a batch takes, the rest have their turn later
                 chosen.append((slot, tokens, len(tokens)))
                 room -= len(tokens)
+        room = min(room, chunk)
         for slot in running:
             if room and not slot.is_decoding:
                 pending = slot.pending()
