@@ -298,9 +298,13 @@ def gap(options: argparse.Namespace) -> dict[str, Any]:
         }
         found = in_turns(sides, options.pairs)
     alone = median([gaps[len(gaps) // 2] for gaps in found["alone"]], 5)
-    worst = median([gaps[int(len(gaps) * 0.99)] for gaps in found["disturbed"]], 5)
+    worst, usual = (
+        median([gaps[int(len(gaps) * 0.99)] for gaps in found[side]], 5)
+        for side in ("disturbed", "alone")
+    )
     return {
         "median gap alone, ms": round(1000 * alone, 2),
+        "p99 gap alone, ms": round(1000 * usual, 2),
         "p99 gap while a prompt is read, ms": round(1000 * worst, 2),
         "p99 / median": round(worst / alone, 2),
     }
