@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from starlette.applications import Starlette
@@ -142,6 +143,7 @@ async def _ready(request: Request) -> Response:
 
 async def _metrics(request: Request) -> Response:
     state: State = request.app.state.server
+    state.metrics.tasks.set(len(asyncio.all_tasks()))
     text = await state.in_thread(state.metrics.text)
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -37,6 +37,7 @@ class Metrics:
             "rl_mlx_requests", "Requests by what became of them", ["path", "model", "status"],
             registry=self.registry,
         )  # fmt: skip
+        self.tasks = Gauge("rl_mlx_tasks", "Tasks of the event loop", registry=self.registry)
         self._seconds = self._histogram("request_seconds", "Whole requests", ["path"], _LONG)
         self._first = self._histogram(
             "time_to_first_token_seconds", "From submission to the first token", _MODEL, _LONG
