@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from typing import Any
 
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 
 from rl_mlx.server.app import routes
 
+FUZZ = int(os.environ.get("RL_MLX_FUZZ", "0"))
+"""How many bodies of a kind are tried; 0: a few."""
 HI: Any = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 GOOD: dict[str, dict[str, Any]] = {
@@ -155,7 +158,7 @@ def test_what_is_good_is_taken(shared_fake: Any, path: str) -> None:
 
 
 @settings(
-    max_examples=500, deadline=None, derandomize=True, database=None,
+    max_examples=FUZZ or 500, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(data=st.data())
@@ -166,7 +169,7 @@ def test_one_value_is_wrong(asks: Any, data: st.DataObject) -> None:
 
 
 @settings(
-    max_examples=100, deadline=None, derandomize=True, database=None,
+    max_examples=FUZZ or 100, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @given(data=st.data())
