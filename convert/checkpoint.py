@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rl_mlx.convert.families import FAMILIES
 from rl_mlx.convert.floats import DTYPES
 from rl_mlx.convert.pieces import Holding
 from rl_mlx.convert.weights import Dense, Tensor
@@ -186,6 +187,9 @@ def mlx_config(
     the commonest container; modules in another have an entry of their own there.
     """
     told = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config")}
+    family = FAMILIES.get(str(told.get("model_type")))
+    if family is not None and family.mlx_type is not None:
+        told["model_type"] = family.mlx_type
     floats: Counter[str] = Counter()
     containers: Counter[Holding] = Counter()
     for holding, weights in holdings.values():

@@ -45,6 +45,8 @@ class Family:
     by more than its name, and ``older`` how it does in files that lack the tensor of its name.
     ``defaults`` are those of transformers' config class that readers must know;
     ``complete(config)`` says in the words of other families what this one has words of its own for.
+    ``exported_as`` is the family whose GGUF files are made of this one's, and ``mlx_type`` mlx-lm's
+    name of it.
     """
 
     architecture: str
@@ -62,3 +64,5 @@ class Family:
     older: Callable[[Config, str], Change | None] = _unchanged
     complete: Callable[[Config], Mapping[str, Any]] = _as_said
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    exported_as: str | None = None
+    mlx_type: str | None = None

@@ -14,7 +14,7 @@ import numpy as np
 
 from rl_mlx.convert import floats, layout
 from rl_mlx.convert.hfconfig import bilingual
-from rl_mlx.convert.lazy import Array, Arrays, Lazy
+from rl_mlx.convert.lazy import FLOATS, Array, Arrays, Lazy
 from rl_mlx.convert.prequantized import plain, with_settings
 from rl_mlx.convert.safetensors import SafetensorsFile
 from rl_mlx.convert.sanitize import sanitize
@@ -22,12 +22,9 @@ from rl_mlx.convert.shapes import Shape
 from rl_mlx.convert.weights import Dense, FloatType, Mode, Packed, Tensor, Weights
 from rl_mlx.errors import FormatError, ModelNotFound, UnsupportedModel
 
-_FLOATS: Mapping[str, FloatType] = MappingProxyType(
-    {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-)
 _INDEX = "model.safetensors.index.json"
 _AFFINE_BITS, _AFFINE_GROUPS = (1, 2, 3, 4, 5, 6, 8), (32, 64, 128)
-_BLOCK_FLOATS: Mapping[tuple[int, int], Mode] = MappingProxyType(
+_BLOCKFLOATS: Mapping[tuple[int, int], Mode] = MappingProxyType(
     {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 )
 
@@ -152,7 +149,7 @@ class FolderWeights(Weights):
     def scale_type(self, name: str) -> FloatType:
         """The float type of a packed tensor's scales; float32 where they are no floats."""
         scales = self._arrays[f"{name.removesuffix('.weight')}.scales"]
-        return _FLOATS.get(scales.dtype, "float32")
+        return FLOATS.get(scales.dtype, "float32")
 
     def release(self) -> None:
         """See ``Weights``."""
@@ -170,12 +167,12 @@ class FolderWeights(Weights):
 
     def _float_type(self, name: str) -> FloatType:
         dtype = self._arrays[name].dtype
-        if dtype not in _FLOATS:
+        if dtype not in FLOATS:
             raise UnsupportedModel(
                 f"{self.path}: tensor {name!r} is of type {dtype}, which is not supported; "
                 "use a float16, bfloat16, MLX or GGUF version of the model"
             )
-        return _FLOATS[dtype]
+        return FLOATS[dtype]
 
 
 @dataclass(frozen=True)
@@ -294,7 +291,7 @@ def _packing_of(
     if not isinstance(own, dict):
         if shape is not None and shape[-1] and scales.shape and scales.shape[-1]:
             bits, group = weight.shape[-1] * 32 // shape[-1], shape[-1] // scales.shape[-1]
-            mode = _BLOCK_FLOATS.get((bits, group)) if scales.dtype == "U8" else None
+            mode = _BLOCKFLOATS.get((bits, group)) if scales.dtype == "U8" else None
             return _Packing(bits, group, mode or "affine")
         own = settings
     if "bits" not in own:
@@ -308,7 +305,7 @@ def _check_packing(
     bits, group = packing.bits, packing.group_size
     affine = packing.mode == "affine"
     known = bits in _AFFINE_BITS and group in _AFFINE_GROUPS
-    if not (known if affine else _BLOCK_FLOATS.get((bits, group)) == packing.mode):
+    if not (known if affine else _BLOCKFLOATS.get((bits, group)) == packing.mode):
         raise UnsupportedModel(
             f"{module!r} is quantized in mode {packing.mode!r}, {bits} bits in groups of {group}, "
             "which MLX does not know"

@@ -23,12 +23,28 @@ def bilingual(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Defaults of transformers that readers do not share are spelled out.
     """
-    both = dict(config)
+    both = _text(config)
     _rope(both)
     if knows(both):
         _sizes(both)
         _layers(both)
     return both
+
+
+_WITH_TEXT: Mapping[str, str] = MappingProxyType(
+    {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
+)
+"""Models that see or hear, and the family of the decoder in them."""
+
+
+def _text(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the decoder: whole, or a part of one that sees too."""
+    family = _WITH_TEXT.get(str(config.get("model_type")))
+    if family is None:
+        return dict(config)
+    whole = {k: v for k, v in config.items() if not k.endswith("_config") or "quant" in k}
+    text = config.get("text_config")
+    return {**whole, **(text if isinstance(text, Mapping) else {}), "model_type": family}
 
 
 def _rope(config: dict[str, Any]) -> None:
@@ -127,7 +143,12 @@ def _layers(config: dict[str, Any]) -> None:
     if not isinstance(count, int) or not 0 <= count < 1 << 16:
         return  # the check of sizes will say so
     if config.get("layer_types") is None:
-        if family == "lfm2":
+        if family in {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"}:
+            period = config.get("full_attention_interval") or 4
+            config["layer_types"] = [
+                "linear_attention" if (i + 1) % period else "full_attention" for i in range(count)
+            ]
+        elif family == "lfm2":
             full = config.get("full_attn_idxs")
             full = range(count) if full is None else full
             config["layer_types"] = [

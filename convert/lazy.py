@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from rl_mlx.convert.weights import FloatType
+
 Array = npt.NDArray[Any]
+FLOATS: Mapping[str, FloatType] = MappingProxyType(
+    {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+)
+"""Types as safetensors names them."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,10 @@ class Lazy:
         shape[axis] = count
         index = (..., slice(start, stop, step), *[slice(None)] * (-1 - axis))
         return self.seen(tuple(shape), lambda a: a[index])
+
+    def taken(self, rows: npt.NDArray[np.intp]) -> Lazy:
+        """These rows of a matrix, which may be packed."""
+        return self.seen((len(rows), *self.shape[1:]), lambda a: a[rows])
 
     def transposed(self) -> Lazy:
         """The last two axes the other way round."""

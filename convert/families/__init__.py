@@ -12,6 +12,7 @@ from rl_mlx.convert.families import (
     mixtures,
     post_norms,
     qwen_moe,
+    qwen_next,
 )
 from rl_mlx.convert.family import Family
 
@@ -20,6 +21,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
     **layer_norms.FAMILIES,
     **post_norms.FAMILIES,
     **qwen_moe.FAMILIES,
+    **qwen_next.FAMILIES,
     **deepseek.FAMILIES,
     **mixtures.FAMILIES,
 })  # fmt: skip

@@ -37,7 +37,7 @@ from rl_mlx.convert.gguf.changes import Change
 from rl_mlx.convert.gguf.encode import DENSE, EXACT, encode, holds, surveys
 from rl_mlx.convert.gguf.fields import fields, rope_tensors
 from rl_mlx.convert.gguf.imatrix import Importance, read_imatrix
-from rl_mlx.convert.gguf.mapping import architecture, change, changed_back
+from rl_mlx.convert.gguf.mapping import architecture, change, changed_back, exported_config
 from rl_mlx.convert.gguf.names import gguf_name
 from rl_mlx.convert.gguf.recipes import ModelFacts, Recipe, needs_importance, recipe, tensor_types
 from rl_mlx.convert.gguf.tokens import describe
@@ -138,7 +138,9 @@ class _Plan:
     def step(self) -> int:
         """Rows that are worked on at a time: whole runs where some are moved in these."""
         rows = max(1, self.slice // max(self.source.columns, 1))
-        each = self.change.unit if self.change is not None else 1
+        each = 1
+        if self.change is not None:  # in rows of the source, which a kernel has more of
+            each = self.change.unit * max(1, self.spec.shape[-1] // max(self.source.columns, 1))
         return max(each, rows // each * each)
 
 
@@ -158,7 +160,7 @@ class _Export:
         self._made = made
         self._importance = importance
         self._progress = progress or (lambda _done, _total: None)
-        self._config = weights.config
+        self._config = exported_config(weights.config)
         self._family: str = self._config["model_type"]
         self._fields = fields(self._config)
         self._rope = rope_tensors(self._config)
@@ -289,7 +291,7 @@ class _Export:
     def _write(self, file: BinaryIO, pool: ThreadPoolExecutor, plan: _Plan) -> TensorReport:
         """Write a tensor, and say what it lost by its first rows."""
         rows, report = plan.source.rows, None
-        each = rows if len(plan.source.shape) < 3 else plan.source.shape[-2]  # rows of an expert
+        each = rows if len(plan.spec.shape) < 3 else plan.spec.shape[-2]  # rows of an expert
         spans = [
             (start, min(start + plan.step, first + each))
             for first in range(0, rows, each)

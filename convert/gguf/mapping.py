@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -54,10 +55,11 @@ def changed_back(piece: Dense | Packed, done: Change, *, is_vector: bool) -> Den
         piece = Dense(done.back(dequantize(piece)), "float32")
     if done.columns is not None:
         piece = moved_columns(piece, np.argsort(done.columns))
-    if is_vector and isinstance(piece, Dense):  # which comes as one row
-        return replace(piece, array=done.undone(piece.array.reshape(-1)).reshape(1, -1))
     if isinstance(piece, Dense):
-        return replace(piece, array=done.undone(piece.array))
+        width = done.shape[-1] if done.shape and not is_vector else piece.array.shape[-1]
+        # A vector comes as one row, a kernel as rows of one number.
+        rows = piece.array.reshape(-1) if is_vector else piece.array.reshape(-1, width)
+        return replace(piece, array=done.undone(rows).reshape(piece.array.shape))
     return replace(
         piece,
         weight=done.undone(piece.weight),
@@ -70,3 +72,10 @@ def architecture(model_type: str) -> str:
     """``general.architecture`` of a family; ``KeyError`` for one that is not exported."""
     family = FAMILIES.get(model_type)
     return family.architecture if family else ARCHITECTURES[model_type]
+
+
+def exported_config(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` as that of the family whose GGUF files are made of its."""
+    family = FAMILIES.get(config["model_type"])
+    named = family.exported_as if family else None
+    return {**config, "model_type": named} if named else config

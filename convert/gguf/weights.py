@@ -89,9 +89,9 @@ class GGUFWeights(Weights):
             return Dense(self._decoded(name), "float32")
         raw = self._file.raw(self._sources[name])
         if done is not None and done.rows is not None:
-            count = math.prod(shape[:-1]) if len(shape) > 1 else shape[0]
-            raw = raw.reshape(self._file_rows(name), -1)[done.places(0, count)]
-            raw = raw.reshape(*shape[:-1], -1)
+            rows = self._file_rows(name)
+            raw = raw.reshape(rows, -1)[done.places(0, rows // done.unit * len(done.rows))]
+            raw = raw if shape[-1] == 1 else raw.reshape(*shape[:-1], -1)
         if exact and not container(info.type, info.shape[-1]).exact:
             return Dense(block(info.type).decode(raw).reshape(shape), "float32")
         tensor = repack(raw, info.type, scales)
@@ -144,8 +144,8 @@ class GGUFWeights(Weights):
         assert done.value is not None
         values = done.value(values)
         if done.rows is not None:
-            count = math.prod(shape[:-1]) if len(shape) > 1 else shape[0]
-            values = values.reshape(self._file_rows(name), -1)[done.places(0, count)]
+            rows = self._file_rows(name)
+            values = values.reshape(rows, -1)[done.places(0, rows // done.unit * len(done.rows))]
         return np.ascontiguousarray(values.reshape(shape))
 
     def _file_rows(self, name: str) -> int:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from rl_mlx.cache.layers import KVLayer, KVPiece, StateLayer
-from rl_mlx.model.plan import CacheSpec, KVSpec
+from rl_mlx.cache.layers import KVLayer, KVPiece, State, StateLayer
+from rl_mlx.model.plan import CacheSpec, KVSpec, StateSpec
 from rl_mlx.model.rope import Offset
-from rl_mlx.model.step import Mask
+from rl_mlx.model.step import Advance, Mask
 from rl_mlx.settings import DENSE_KV, KVFormat
 
 GROWTH = 256
@@ -30,7 +30,7 @@ class Piece:
     hand.
     """
 
-    layers: tuple[KVPiece | mx.array | None, ...]
+    layers: tuple[KVPiece | State | None, ...]
 
     def arrays(self) -> list[mx.array]:
         """All that is held."""
@@ -39,7 +39,7 @@ class Piece:
             if isinstance(part, KVPiece):
                 found += part.arrays()
             elif part is not None:
-                found.append(part)
+                found += part
         return found
 
     @property
@@ -95,6 +95,11 @@ class Arena:
     def is_recurrent(self) -> bool:
         """Whether some layer keeps a state, which cannot be cut at any token."""
         return any(isinstance(layer, StateLayer) for layer in self._layers)
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether some layer's state is known where steps end, and nowhere else."""
+        return any(isinstance(s, StateSpec) and s.memory is not None for s in self._specs)
 
     def size_for(self, rows: int, length: int) -> tuple[int, int]:
         """Rows and their length in tokens once there were ``rows`` of up to ``length``."""
@@ -201,7 +206,7 @@ class Arena:
         for i, layer in enumerate(self._layers):
             if isinstance(layer, StateLayer):
                 state = pieces[-1][0].layers[i]
-                assert isinstance(state, mx.array), "a row cannot go on without its state"
+                assert isinstance(state, tuple), "a row cannot go on without its state"
                 layer.put(row, state)
                 continue
             first = 0
@@ -213,14 +218,14 @@ class Arena:
                 first += count
         self.lengths[row] = total
 
-    def _state(self, layer: StateLayer, row: int, position: int) -> mx.array | None:
+    def _state(self, layer: StateLayer, row: int, position: int) -> State | None:
         """A recurrent layer's state at ``position``, where it is now or passed in the last step."""
         if position == self.lengths[row]:
-            return mx.contiguous(layer.state[row])
+            return layer.take(row)
         start, offsets = self._recent
         b = row - start
         if 0 <= b < len(offsets) and offsets[b] < position:
-            return mx.contiguous(layer.recent(b, position - offsets[b]))
+            return layer.passed(b, position - offsets[b])
         return None
 
 
@@ -280,6 +285,12 @@ class ArenaStep:
         kept = self._layers[layer]
         assert isinstance(kept, StateLayer), "a recurrent layer that keeps no state"
         return kept.extend(self._start, inputs)
+
+    def scan(self, layer: int, inputs: State, advance: Advance) -> mx.array:
+        """See ``Step.scan``."""
+        kept = self._layers[layer]
+        assert isinstance(kept, StateLayer), "a recurrent layer that keeps no state"
+        return kept.scan(self._start, inputs, advance)
 
     def seen(self, layer: int) -> int:
         """See ``Step.seen``."""

@@ -25,12 +25,12 @@ import mlx.core as mx
 import numpy as np
 
 from rl_mlx.cache.arena import Piece
-from rl_mlx.cache.layers import KVPiece
+from rl_mlx.cache.layers import KVPiece, State
 from rl_mlx.cache.prefix import BLOCK, Node, PrefixTree
 from rl_mlx.convert.safetensors import SafetensorsFile
 from rl_mlx.errors import FormatError, RlMlxError
 
-FORMAT = 1
+FORMAT = 2
 """Counted up when the meaning of what is in the files changes."""
 _ROOT = "0" * 32
 _TYPES: Mapping[mx.Dtype, str] = MappingProxyType(
@@ -192,10 +192,11 @@ def _records(tokens: Sequence[int], piece: Piece) -> dict[str, _Record]:
     """A block's tensors by name; their bytes are not copied."""
     records = {"tokens": _Record.of("I32", np.array(tokens, "<i4"))}
     for i, part in enumerate(piece.layers):
+        if part is None:
+            records[f"{i}.state.0"] = _Record("U8", (0,), memoryview(b""))
+            continue
         if not isinstance(part, KVPiece):
-            records[f"{i}.state"] = (
-                _Record("U8", (0,), memoryview(b"")) if part is None else _record(part)
-            )
+            records.update({f"{i}.state.{j}": _record(p) for j, p in enumerate(part)})
             continue
         kinds = [("keys", part.keys), ("values", part.values)]
         if part.head is not None:
@@ -264,9 +265,9 @@ def _read(file: _File) -> tuple[tuple[int, ...], Piece]:
     return tokens, piece
 
 
-def _layer(kinds: Mapping[str, list[mx.array]]) -> KVPiece | mx.array | None:
+def _layer(kinds: Mapping[str, list[mx.array]]) -> KVPiece | State | None:
     if "state" in kinds:
-        state = kinds["state"][0]
-        return state if state.size else None
+        state = tuple(kinds["state"])
+        return state if state[0].size else None
     head = (kinds["head_keys"], kinds["head_values"]) if "head_keys" in kinds else None
     return KVPiece(kinds["keys"], kinds["values"], head)

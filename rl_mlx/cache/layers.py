@@ -1,7 +1,8 @@
-"""What one layer of the arena keeps: keys and values, or a convolution's last inputs."""
+"""What one layer of the arena keeps: keys and values, or the state of a recurrence."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import mlx.core as mx
 from rl_mlx.cache.codec import Codec, Plain, Planes, Quantized
 from rl_mlx.model.attention import attend, attend_by
 from rl_mlx.model.plan import KVSpec, StateSpec
-from rl_mlx.model.step import Mask
+from rl_mlx.model.step import Advance, Mask
 from rl_mlx.settings import KVFormat
 
 
@@ -246,17 +247,26 @@ def _grouped(planes: Planes) -> Planes:
     return [p[:, :, None] for p in planes]
 
 
+State = tuple[mx.array, ...]
+"""What a recurrent layer keeps of a row: its last inputs, and its memory where it has one."""
+
+
 class StateLayer:
-    """The last ``taps - 1`` inputs of a causal convolution, ``[slots, taps - 1, width]``."""
+    """The last ``taps - 1`` inputs of a causal convolution, ``[slots, taps - 1, width]``, and the
+    memory behind it, ``[slots, ...]``.
+    """
 
     def __init__(self, spec: StateSpec, dtype: mx.Dtype) -> None:
         self.spec = spec
         self.state = mx.zeros((0, spec.taps - 1, spec.width), dtype)
+        self.memory = None if spec.memory is None else mx.zeros((0, *spec.memory), mx.float32)
         self._recent: mx.array | None = None
+        self._scan: _Scan | None = None
 
     def bytes_for(self, slots: int) -> int:
         """Bytes that ``slots`` rows take."""
-        return slots * (self.spec.taps - 1) * self.spec.width * self.state.dtype.size
+        memory = math.prod(self.spec.memory) * 4 if self.spec.memory else 0
+        return slots * ((self.spec.taps - 1) * self.spec.width * self.state.dtype.size + memory)
 
     def piece_bytes(self, tokens: int) -> int:  # noqa: ARG002  (a state has no length)
         """Bytes of a row's state."""
@@ -265,12 +275,15 @@ class StateLayer:
     def shrink(self, slots: int, length: int) -> None:  # noqa: ARG002  (a state has no length)
         """Give back all but ``slots`` rows."""
         self.state = mx.contiguous(self.state[:slots])
+        if self.memory is not None:
+            self.memory = mx.contiguous(self.memory[:slots])
 
     def grow(self, slots: int) -> None:
         """Make room for ``slots`` rows."""
         missing = slots - self.state.shape[0]
         if missing > 0:
-            self.state = mx.pad(self.state, [(0, missing), (0, 0), (0, 0)])
+            self.state = _longer(self.state, missing)
+            self.memory = None if self.memory is None else _longer(self.memory, missing)
 
     def extend(self, start: int, inputs: mx.array) -> mx.array:
         """``inputs`` ``[B, S, width]`` after the kept ones; ``commit`` says how many are kept."""
@@ -278,33 +291,85 @@ class StateLayer:
         self._recent = mx.concatenate([kept, inputs], axis=1)
         return self._recent
 
+    def scan(self, start: int, inputs: State, advance: Advance) -> mx.array:
+        """Outputs of ``advance``; ``commit`` says of how many tokens the memory is kept."""
+        assert self.memory is not None, "a layer without a memory"
+        before = self.memory[start : start + inputs[0].shape[0]]
+        outputs, after = advance(before, inputs)
+        self._scan = _Scan(before, inputs, advance, after)
+        return outputs
+
     def commit(self, start: int, counts: Sequence[int]) -> None:
         """Keep the first ``counts[b]`` new inputs of each row."""
         assert self._recent is not None, "commit without a step"
+        rows = slice(start, start + len(counts))
         if all(c == counts[0] for c in counts):
-            state = self.recent(slice(None), counts[0])
+            state = self._recent[:, counts[0] : counts[0] + self.spec.taps - 1]
         else:
             places = mx.array(list(counts))[:, None] + mx.arange(self.spec.taps - 1)
             state = mx.take_along_axis(self._recent, places[..., None], axis=1)
-        self.state[start : start + len(counts)] = state
+        self.state[rows] = state
+        if self.memory is not None:
+            assert self._scan is not None, "commit without a scan"
+            self.memory[rows] = self._scan.memory(counts)
+            self._scan = None  # its inputs are large
 
-    def recent(self, which: int | slice, count: int) -> mx.array:
-        """The state after ``count`` inputs of the step just run, of one of its rows or of all."""
+    def passed(self, row: int, count: int) -> State | None:
+        """The state after ``count`` inputs of the step just run, of one of its rows; None of a
+        layer with a memory, which is kept for the end of a step alone.
+        """
         assert self._recent is not None, "no step was run"
-        return self._recent[which, count : count + self.spec.taps - 1]
+        if self.memory is not None:
+            return None
+        return (mx.contiguous(self._recent[row, count : count + self.spec.taps - 1]),)
 
-    def put(self, row: int, state: mx.array) -> None:
-        """Set a row's state, ``[taps - 1, width]``."""
-        self.state[row] = state
+    def take(self, row: int) -> State:
+        """A row's state, in arrays of its own."""
+        kept = [self.state] if self.memory is None else [self.state, self.memory]
+        return tuple(mx.contiguous(array[row]) for array in kept)
+
+    def put(self, row: int, state: State) -> None:
+        """Set a row's state."""
+        self.state[row] = state[0]
+        if self.memory is not None:
+            self.memory[row] = state[1]
 
     def copy_row(self, source: int, target: int) -> None:
         """Make row ``target`` what ``source`` is."""
-        self.state[target] = self.state[source]
+        for array in self.arrays():
+            array[target] = array[source]
 
     def clear_row(self, row: int) -> None:
         """A new sequence starts from silence."""
-        self.state[row] = mx.zeros(self.state.shape[1:], self.state.dtype)
+        for array in self.arrays():
+            array[row] = mx.zeros(array.shape[1:], array.dtype)
 
     def arrays(self) -> list[mx.array]:
         """All that is held."""
-        return [self.state]
+        return [self.state] if self.memory is None else [self.state, self.memory]
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """The scan of a step, to be run again over fewer tokens where not all of them stay."""
+
+    before: mx.array
+    inputs: State
+    advance: Advance
+    after: mx.array
+
+    def memory(self, counts: Sequence[int]) -> mx.array:
+        """The memory of each row after its first ``counts[b]`` tokens."""
+        length = self.inputs[0].shape[1]
+        if all(count == length for count in counts):
+            return self.after
+        stays = mx.arange(length) < mx.array(list(counts))[:, None]
+        inputs = tuple(
+            mx.where(stays.reshape(*stays.shape, *[1] * (x.ndim - 2)), x, mx.zeros_like(x))
+            for x in self.inputs
+        )
+        return self.advance(self.before, inputs)[1]
+
+
+def _longer(array: mx.array, more: int) -> mx.array:
+    return mx.pad(array, [(0, more), *[(0, 0)] * (array.ndim - 1)])

@@ -38,6 +38,9 @@ class Attention:
         p = self._plan
         rows, length, _ = x.shape
         q, k, v = self._qkv(x)
+        gate = None
+        if p.gated:  # after each head's query
+            q, gate = mx.split(q.reshape(rows, length, p.heads, -1), 2, axis=-1)
         if self._norms is not None and p.qk_norm_of == "width":
             q, k = self._norms[0](q), self._norms[1](k)
         q = q.reshape(rows, length, p.heads, p.head_dim)
@@ -49,7 +52,10 @@ class Attention:
         if self._rope is not None:
             q, k = self._rope(q, step.offset), self._rope(k, step.offset)
         y = step.attend(self._layer, q, k, v, scale=p.scale, softcap=p.softcap, sinks=self._sinks)
-        return self._out(y.transpose(0, 2, 1, 3).reshape(rows, length, -1))
+        y = y.transpose(0, 2, 1, 3)
+        if gate is not None:
+            y = y * mx.sigmoid(gate)
+        return self._out(y.reshape(rows, length, -1))
 
 
 def attend(

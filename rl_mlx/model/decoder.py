@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from rl_mlx.model.attention import Attention
+from rl_mlx.model.gated_delta import GatedDelta
 from rl_mlx.model.layers import Linear, Matrix, Norm
 from rl_mlx.model.mla import LatentAttention
 from rl_mlx.model.mlp import MLP, MoE, PlainMLP
@@ -14,7 +15,7 @@ from rl_mlx.model.plan import CacheSpec, DecoderPlan, cache_specs
 from rl_mlx.model.shortconv import ShortConv
 from rl_mlx.model.step import Step
 
-Mixer = Attention | LatentAttention | ShortConv
+Mixer = Attention | LatentAttention | ShortConv | GatedDelta
 
 
 class Block:

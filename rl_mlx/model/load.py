@@ -14,6 +14,7 @@ from rl_mlx.errors import FormatError, UnsupportedModel
 from rl_mlx.model.attention import Attention
 from rl_mlx.model.decoder import Block, Decoder, Mixer
 from rl_mlx.model.families import FAMILIES
+from rl_mlx.model.gated_delta import GatedDelta
 from rl_mlx.model.layers import (
     DenseMatrix,
     FusedLinear,
@@ -32,6 +33,7 @@ from rl_mlx.model.plan import (
     AttentionPlan,
     ConvPlan,
     DecoderPlan,
+    DeltaPlan,
     LatentPlan,
     MixerPlan,
     MLPPlan,
@@ -141,6 +143,8 @@ class _Builder:
     def _mixer(self, index: int, at: str, plan: MixerPlan) -> Mixer:
         if isinstance(plan, ConvPlan):
             return self._conv(index, f"{at}conv.", plan)
+        if isinstance(plan, DeltaPlan):
+            return self._delta(index, f"{at}linear_attn.", plan)
         at = f"{at}{self._plan.names.attention}."
         if isinstance(plan, LatentPlan):
             return self._latent_attention(index, at, plan)
@@ -180,6 +184,14 @@ class _Builder:
         out = self._linear(f"{at}o_proj", plan.bias)
         norm, rope = self._rms(f"{at}kv_a_layernorm"), Rope(plan.rope)
         return LatentAttention(index, plan, queries, compress, norm, heads, out, rope)
+
+    def _delta(self, index: int, at: str, plan: DeltaPlan) -> GatedDelta:
+        parts = [self._linear(f"{at}in_proj_{n}", has_bias=False) for n in ("qkv", "z", "b", "a")]
+        kernel = self._array(f"{at}conv1d.weight").astype(self._dtype)
+        decay = self._array(f"{at}A_log"), self._array(f"{at}dt_bias")
+        norm, eps = self._array(f"{at}norm.weight"), self._plan.norm_eps
+        out = self._linear(f"{at}out_proj", has_bias=False)
+        return GatedDelta(index, plan, FusedLinear(parts), kernel, decay, norm, eps, out)
 
     def _conv(self, index: int, at: str, plan: ConvPlan) -> ShortConv:
         kernel = self._small(f"{at}conv.weight")

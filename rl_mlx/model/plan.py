@@ -31,7 +31,8 @@ class AttentionPlan:
     """Grouped-query attention of one layer. ``window`` counts the token itself too.
 
     ``qk_norm``: queries and keys are normed before rope, each head by the same weights, each by
-    ``own`` ones, or all heads as one vector (``width``).
+    ``own`` ones, or all heads as one vector (``width``). ``gated``: each head's query comes with a
+    gate for what the head gives, as much as its sigmoid.
     """
 
     heads: int
@@ -47,6 +48,7 @@ class AttentionPlan:
     bias: bool = False
     out_bias: bool = False
     fused_qkv: bool = False
+    gated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +158,25 @@ class Names:
     final_norm: str = "norm"
 
 
-MixerPlan = AttentionPlan | LatentPlan | ConvPlan
+@dataclass(frozen=True, kw_only=True)
+class DeltaPlan:
+    """A gated delta net (Qwen3-Next): a memory ``key_dim`` x ``value_dim`` for each value head,
+    behind a causal convolution of ``taps``.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+
+    @property
+    def channels(self) -> int:
+        """What the convolution runs over: queries, keys and values."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+MixerPlan = AttentionPlan | LatentPlan | ConvPlan | DeltaPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,11 +230,12 @@ class KVSpec:
 @dataclass(frozen=True)
 class StateSpec:
     """What a recurrent layer keeps for each sequence: its last ``taps - 1`` inputs of width
-    ``width``.
+    ``width``, and a ``memory`` of that shape, float32.
     """
 
     taps: int
     width: int
+    memory: tuple[int, ...] | None = None
 
 
 CacheSpec = KVSpec | StateSpec
@@ -230,4 +251,7 @@ def _spec(mixer: MixerPlan, hidden: int) -> CacheSpec:
         return KVSpec(mixer.kv_heads, mixer.head_dim, mixer.head_dim, mixer.window)
     if isinstance(mixer, LatentPlan):
         return KVSpec(1, mixer.latent + mixer.rope.dims, mixer.latent)
+    if isinstance(mixer, DeltaPlan):
+        memory = mixer.value_heads, mixer.key_dim, mixer.value_dim
+        return StateSpec(mixer.taps, mixer.channels, memory)
     return StateSpec(mixer.taps, hidden)

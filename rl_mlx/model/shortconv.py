@@ -27,6 +27,17 @@ class ShortConv:
         b, c, x = mx.split(self._project(x), 3, axis=-1)
         length = x.shape[1]
         padded = step.history(self._layer, b * x)
-        # A handful of taps: a sum of shifted products is as good as a convolution call.
-        y = sum(padded[:, i : i + length] * tap for i, tap in enumerate(self._taps))
+        y = convolved(padded, self._taps, length)
         return self._out(c * (y if self._bias is None else y + self._bias))
+
+
+def convolved(padded: mx.array, taps: mx.array, length: int) -> mx.array:
+    """A causal, depthwise convolution: ``[B, length, width]`` of ``[B, taps - 1 + length, width]``.
+
+    With a handful of ``taps`` ``[taps, width]`` a sum of shifted products is as good as a
+    convolution call.
+    """
+    y = padded[:, :length] * taps[0]
+    for i in range(1, taps.shape[0]):
+        y = y + padded[:, i : i + length] * taps[i]
+    return y

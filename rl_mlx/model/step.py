@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import mlx.core as mx
@@ -9,6 +10,10 @@ import mlx.core as mx
 from rl_mlx.model.rope import Offset
 
 Mask = None | str | mx.array
+Advance = Callable[[mx.array, tuple[mx.array, ...]], tuple[mx.array, mx.array]]
+"""From a memory ``[B, ...]`` and inputs ``[B, S, ...]`` to outputs ``[B, S, ...]`` and the memory
+after them. Inputs of zeros leave it as it is.
+"""
 
 
 class Step(Protocol):
@@ -54,3 +59,6 @@ class Step(Protocol):
 
         The result is ``[B, taps - 1 + S, width]``.
         """
+
+    def scan(self, layer: int, inputs: tuple[mx.array, ...], advance: Advance) -> mx.array:
+        """Move a recurrent layer's memory on by ``advance``; return its outputs."""

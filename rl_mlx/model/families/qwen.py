@@ -26,22 +26,23 @@ def plan_qwen3_moe(config: Config, context: int) -> DecoderPlan:
     """Qwen 3 with experts in every ``decoder_sparse_step``-th layer that ``mlp_only_layers`` does
     not name.
     """
-    return _qwen3(config, context, _sparse(config, _moe(config)))
+    return _qwen3(config, context, sparse(config, mixture(config)))
 
 
 def plan_qwen2_moe(config: Config, context: int) -> DecoderPlan:
     """Qwen 2 with experts, and one that answers for every token as much as a gate says."""
     shared = config["shared_expert_intermediate_size"]
-    moe = _moe(config, shared=shared, shared_gate=True)
+    moe = mixture(config, shared=shared, shared_gate=True)
     bias = bool(config.get("qkv_bias", True))
     layers = tuple(
         LayerPlan(mixer=attention(config, context, i, bias=bias), mlp=m)
-        for i, m in enumerate(_sparse(config, moe))
+        for i, m in enumerate(sparse(config, moe))
     )
     return DecoderPlan(layers=layers, **base(config, context))
 
 
-def _moe(config: Config, **more: Any) -> MoEPlan:
+def mixture(config: Config, **more: Any) -> MoEPlan:
+    """Experts chosen by a softmax; ``more`` are further fields of the plan."""
     router = RouterPlan(
         experts=config.get("num_experts") or config["num_local_experts"],
         active=config["num_experts_per_tok"],
@@ -50,7 +51,7 @@ def _moe(config: Config, **more: Any) -> MoEPlan:
     return MoEPlan(router=router, inner=config["moe_intermediate_size"], **more)
 
 
-def _sparse(config: Config, moe: MoEPlan) -> list[MLPPlan | MoEPlan]:
+def sparse(config: Config, moe: MoEPlan) -> list[MLPPlan | MoEPlan]:
     """Experts in every ``decoder_sparse_step``-th layer that ``mlp_only_layers`` does not name."""
     step = config.get("decoder_sparse_step") or 1
     dense = set(config.get("mlp_only_layers") or ())
