@@ -98,6 +98,8 @@ class Runner:
         """Tokens in the row of a sequence being prefilled, after at most ``tokens`` more."""
         # What ends blocks ends there: a sliding window would else lose one before it is saved.
         last = sequence.cached + tokens
+        if self.arena.has_memory:  # known where steps end: for the next prompt that begins so
+            last = min(last, sequence.known)
         whole = last - last % BLOCK
         return min(whole if whole > sequence.cached else last, sequence.known)
 

@@ -31,7 +31,7 @@ def piece(seed, dtype=mx.float32, state=True):
     parts = (
         KVPiece(planes(seed, dtype), planes(seed + 1, dtype)),
         KVPiece([mx.arange(24, dtype=mx.uint32), *planes(seed, dtype)], planes(seed, dtype), head),
-        mx.ones((2, 8)).astype(dtype) * seed if state else None,
+        (mx.ones((2, 8)).astype(dtype) * seed, mx.ones((2, 3, 4)) * seed) if state else None,
     )
     made = Piece(parts)
     mx.eval(made.arrays())

@@ -53,6 +53,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
+def named() -> Callable[[str], Entry]:
+    """One family of the registry by its name."""
+    return entry
+
+
+@pytest.fixture
 def ids() -> list[int]:
     """A text longer than any window of the registry."""
     return np.random.default_rng(7).integers(3, 256, 40).tolist()

@@ -1,0 +1,69 @@
+"""Recurrent families through the whole engine: the same tokens whatever else goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from rl_mlx import LLM
+from rl_mlx.model.gated_delta import advance
+
+OPTIONS: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
+
+
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(5)
+    return [rng.integers(3, 256, n).tolist() for n in (3, 90, 17, 41, 80, 8)]
+
+
+@pytest.fixture
+def draft(make_folder: Callable[..., Path], named: Callable[[str], Any], tmp_path: Path) -> Path:
+    """A model of chance that guesses wrong most of the time."""
+    return make_folder(named("llama")).rename(tmp_path / "draft")
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text"])
+def test_alone_in_a_batch_after_a_hit_and_with_a_random_draft(
+    name: str, draft: Path, make_folder: Callable[..., Path], named: Callable[[str], Any]
+) -> None:
+    folder = str(make_folder(named(name)))
+    with LLM(folder, dtype="float32") as llm:
+        alone = [llm.generate(p, **OPTIONS).token_ids for p in prompts()]
+        again = [llm.generate(p, **OPTIONS) for p in prompts()]  # all of them prefix hits
+    assert [r.token_ids for r in again] == alone
+    assert all(r.timings.reused > 0 for r in again if r.usage.prompt_tokens > 64)
+    with LLM(folder, dtype="float32") as llm:
+        assert [r.token_ids for r in llm.generate(prompts(), **OPTIONS)] == alone
+    with LLM(folder, dtype="float32", draft=str(draft), draft_tokens=3) as llm:
+        drafted = llm.generate(prompts(), **OPTIONS)
+    assert [r.token_ids for r in drafted] == alone
+    assert sum(r.timings.drafted for r in drafted) > 50
+
+
+@pytest.mark.parametrize("length", [2, 5, 64, 70, 150])
+def test_chunks_of_a_delta_net_are_the_rule_token_by_token(length: int) -> None:
+    rng = np.random.default_rng(length)
+
+    def some(*shape: int) -> mx.array:
+        return mx.array(rng.standard_normal(shape).astype(np.float32))
+
+    keys = some(2, length, 3, 8)
+    keys = keys / mx.linalg.norm(keys, axis=-1, keepdims=True)
+    keys[:, 3:] = keys[:, :1]  # the same key again and again, which is hard on the inverse
+    inputs = (
+        some(2, length, 3, 8), keys, some(2, length, 3, 5),
+        -0.1 * mx.abs(some(2, length, 3)), mx.sigmoid(some(2, length, 3) + 2),
+    )  # fmt: skip
+    memory = want = some(2, 3, 8, 5)
+    answers = []
+    for i in range(length):
+        answer, want = advance(want, tuple(x[:, i : i + 1] for x in inputs))
+        answers.append(answer)
+    got, memory = advance(memory, inputs)
+    assert mx.allclose(got, mx.concatenate(answers, axis=1), rtol=1e-4, atol=1e-4)
+    assert mx.allclose(memory, want, rtol=1e-4, atol=1e-4)
