@@ -29,6 +29,25 @@ def test_importing_is_light():
     assert heavy == "[]"
 
 
+def test_a_host_with_neither_library_has_everything_else():
+    """Windows is one: no MLX, no library of llama.cpp that can be used, no termios."""
+    code = """
+import sys
+for name in ("mlx", "mlx_lm", "xllamacpp", "llama_cpp", "termios", "tty"):
+    sys.modules[name] = None
+import rl_mlx.llm, rl_mlx.server.app
+from rl_mlx.cli.main import main
+assert main(["--help"]) == 0
+assert main(["show", "demo"]) == 0
+assert main(["generate", "demo", "-p", "x"]) == 1
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "pip install xllamacpp==" in line
+    assert "pip install mlx mlx-lm" in line
+
+
 def test_the_public_names_are_there():
     assert all(getattr(rl_mlx, name) is not None for name in rl_mlx.__all__)
     with pytest.raises(AttributeError, match="nothing"):

@@ -7,7 +7,6 @@ import os
 import shutil
 import stat
 import sys
-import termios
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,9 +56,11 @@ def is_terminal(stream: Any) -> bool:
 @contextmanager
 def without_echo() -> Iterator[None]:
     """What is typed meanwhile waits for the next prompt and does not tear what is drawn."""
-    if not is_terminal(sys.stdin):
+    if not is_terminal(sys.stdin) or sys.platform == "win32":
         yield
         return
+    import termios
+
     before = termios.tcgetattr(sys.stdin)
     quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
     termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
