@@ -223,6 +223,18 @@ def test_timings_and_progress_add_up(backend: Backend, ask: Any) -> None:
     assert timings.queued >= 0
 
 
+def test_timings_say_what_was_reused_and_where_the_prefix_broke(backend: Backend, ask: Any) -> None:
+    prompt = [1, *range(3, 103)]
+
+    def reused(ids: list[int]) -> tuple[int, int | None]:
+        timings = ask(backend, ids, max_tokens=2, ignore_eos=True).finished.timings
+        return timings.reused, timings.prefix_broke
+
+    assert reused(prompt) == (0, 0)
+    assert reused(prompt) == (100, None)
+    assert reused([*prompt[:70], 400, *prompt[71:]]) == (70, 70)
+
+
 def test_embeddings_are_unit_vectors_of_the_text(backend: Backend) -> None:
     first, second = backend.embed([1, 403, 407]), backend.embed([1, 300, 17, 40])
     assert first.shape == (64,)

@@ -29,6 +29,34 @@ def alone(harness, family, prompt, **params):
     return engine.submit(prompt, **params).ids
 
 
+def preempt(engine, runner):
+    """One goes back to waiting, as when memory runs out; whether there was one."""
+    engine.engine._collect()
+    victim = engine.scheduler.victim()
+    if victim is None:
+        return False
+    runner.leave(victim)
+    engine.scheduler.preempt(victim)
+    return True
+
+
+class AnyChunks(ChunkSize):
+    """Chunks of any size, and what was told of their cost."""
+
+    def __init__(self):
+        super().__init__(64)
+        self.random = random.Random(3)
+        self.told = []
+
+    def tokens(self, *, beside):
+        return self.random.choice([1, 2, 7, 63, 64]) if beside else self.most
+
+    def read(self, tokens, asked, seconds):
+        assert 0 < tokens <= asked
+        assert seconds > 0
+        self.told.append(tokens)
+
+
 def assert_nothing_is_left(engine):
     """No row, no pin, no sequence."""
 
@@ -46,11 +74,17 @@ def assert_nothing_is_left(engine):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_is_the_same_alone_and_among_others(harness, family):
-    prompts = prompts_of(12)
-    want = [alone(harness, family, p) for p in prompts]
-    engine = harness(family)
-    assert [a.ids for a in engine.together(prompts)] == want
+def test_greedy_is_the_same_alone_and_among_32_others_whatever_happens(harness, family):
+    """With chunks of any size, preempted in between, and once more after prefix hits."""
+    prompts = prompts_of(33)
+    want = [alone(harness, family, p, max_tokens=12) for p in prompts[::8]]
+    engine = harness(family, chunks=AnyChunks())
+    for _ in range(2):
+        answers = engine.together(prompts, max_tokens=12)
+        for _ in range(6):
+            engine.engine.call(lambda runner: preempt(engine, runner))
+        assert [a.ids for a in answers[::8]] == want
+    assert all(a.end.timings.reused > 0 for a in answers if a.end.timings.prompt_tokens > 65)
     assert_nothing_is_left(engine)
 
 
@@ -75,20 +109,9 @@ def test_greedy_is_the_same_after_preemption(harness, family):
     want = [alone(harness, family, p, max_tokens=40) for p in prompts]
     engine = harness(family)
     answers = engine.together(prompts, max_tokens=40)
-    preempted = []
-
-    def preempt(runner):
-        victim = engine.scheduler.victim()
-        if victim is not None:
-            engine.engine._collect()
-            runner.leave(victim)
-            engine.scheduler.preempt(victim)
-            preempted.append(victim)
-
-    for _ in range(12):
-        engine.engine.call(preempt)
+    preempted = [engine.engine.call(lambda runner: preempt(engine, runner)) for _ in range(12)]
     assert [a.ids for a in answers] == want
-    assert len(preempted) >= 5
+    assert sum(preempted) >= 5
     assert_nothing_is_left(engine)
 
 
@@ -140,23 +163,6 @@ def test_seeds_are_kept_whatever_else_runs(harness):
     engine = harness()
     assert [a.ids for a in engine.together(prompts, **options)] == want
     assert want[0] != alone(harness, "llama", prompts[0], **{**options, "seed": 43})
-
-
-class AnyChunks(ChunkSize):
-    """Chunks of any size, and what was told of their cost."""
-
-    def __init__(self):
-        super().__init__(64)
-        self.random = random.Random(3)
-        self.told = []
-
-    def tokens(self, *, beside):
-        return self.random.choice([1, 2, 7, 63, 64]) if beside else self.most
-
-    def read(self, tokens, asked, seconds):
-        assert 0 < tokens <= asked
-        assert seconds > 0
-        self.told.append(tokens)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

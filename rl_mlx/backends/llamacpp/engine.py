@@ -154,6 +154,9 @@ class Engine:
             del slot.tokens[length:]
         if run.started is None:
             run.started, run.reused = time.perf_counter(), length
+            run.broke = (
+                length if length < len(run.prompt) - 1 else None
+            )  # the last one is run always
 
     def _step(self) -> None:
         began = time.perf_counter()
