@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from rl_mlx.convert.families import (
     deepseek,
+    gpt2,
     layer_norms,
     llama_like,
     mixtures,
@@ -20,6 +21,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
     **llama_like.FAMILIES,
     **layer_norms.FAMILIES,
     **post_norms.FAMILIES,
+    **gpt2.FAMILIES,
     **qwen_moe.FAMILIES,
     **qwen_next.FAMILIES,
     **deepseek.FAMILIES,

@@ -1,7 +1,8 @@
-"""Llama with something more or less: Gemma 1, Granite, SmolLM 3, ERNIE 4.5."""
+"""Llama with something more or less: Gemma 1, Granite, MiniCPM, SmolLM 3, ERNIE 4.5."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -81,6 +82,26 @@ def _write_smollm3(config: Config) -> Fields:
     return {}
 
 
+def _read_minicpm(keys: Keys) -> dict[str, Any]:
+    """The defaults are those of the first files, which say nothing."""
+    root = math.sqrt(keys.layers)
+    logits = keys.number("logit_scale", keys.hidden / 256)
+    return {
+        **read_dense(keys),
+        "scale_emb": keys.number("embedding_scale", 12.0),
+        "scale_depth": keys.number("residual_scale", 1.4 / root) * root,
+        "dim_model_base": round(keys.hidden / logits) if logits > 0 else 0,
+    }
+
+
+def _write_minicpm(config: Config) -> Fields:
+    return {
+        "embedding_scale": float(config["scale_emb"]),
+        "residual_scale": config["scale_depth"] / math.sqrt(config["num_hidden_layers"]),
+        "logit_scale": config["hidden_size"] / config["dim_model_base"],
+    }
+
+
 def _nothing(_config: Config) -> Fields:
     return {}
 
@@ -117,6 +138,15 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
             ("attention_multiplier", "embedding_multiplier", "residual_multiplier",
              "logits_scaling"), 1.0
         )),
+    ),
+    "minicpm": Family(
+        architecture="minicpm",
+        class_name="MiniCPMForCausalLM",
+        block=_block,
+        names=_NAMES,
+        read=_read_minicpm,
+        write=_write_minicpm,
+        change=interleaved,
     ),
     "smollm3": Family(
         architecture="smollm3",

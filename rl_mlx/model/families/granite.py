@@ -1,7 +1,8 @@
-"""Granite 3: Llama with multipliers on embeddings, scores, branches and logits."""
+"""Granite 3 and MiniCPM: Llama with multipliers on embeddings, scores, branches and logits."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rl_mlx.model.families.common import Config, attention, base, mlp
@@ -36,6 +37,21 @@ def plan_moe(config: Config, context: int) -> DecoderPlan:
     )
     names = Names(mlp="block_sparse_moe", router="router.layer")
     return DecoderPlan(layers=layers, names=names, **multipliers(config), **base(config, context))
+
+
+def plan_minicpm(config: Config, context: int) -> DecoderPlan:
+    """MiniCPM 1 and 2, and MiniCPM 4's dense attention: the same under other words."""
+    count = config["num_hidden_layers"]
+    layers = tuple(
+        LayerPlan(mixer=attention(config, context, i), mlp=mlp(config)) for i in range(count)
+    )
+    return DecoderPlan(
+        layers=layers,
+        embed_scale=config["scale_emb"],
+        residual_scale=config["scale_depth"] / math.sqrt(count),
+        logit_scale=config["dim_model_base"] / config["hidden_size"],
+        **base(config, context),
+    )
 
 
 def multipliers(config: Config) -> dict[str, Any]:
