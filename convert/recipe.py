@@ -25,9 +25,9 @@ GROUP_SIZES = (32, 64, 128)
 _ROLES: Mapping[str, re.Pattern[str]] = MappingProxyType(
     {
         "v": re.compile(r".*self_attn\.v_proj"),
-        "o": re.compile(r".*self_attn\.(o_proj|out_proj)"),
-        "down": re.compile(r".*(\.down_proj|feed_forward\.w2)"),
-        "embed": re.compile(r".*embed_tokens"),
+        "o": re.compile(r".*(self_attn\.(o_proj|out_proj|dense)|\.attn\.c_proj)"),
+        "down": re.compile(r".*(\.down_proj|feed_forward\.w2|\.fc2|mlp\.c_proj)"),
+        "embed": re.compile(r".*(embed_tokens|\.wte|\.wpe)"),
         "head": re.compile(r"lm_head"),
         "router": re.compile(r".*(mlp\.gate|mlp\.router|block_sparse_moe\.gate)"),
     }

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from rl_mlx.convert.experts import stack
 from rl_mlx.convert.families.words import (
     ATTENTION,
@@ -20,7 +22,7 @@ from rl_mlx.convert.families.words import (
     write_windows,
 )
 from rl_mlx.convert.family import LAYER_NORM, Family
-from rl_mlx.convert.gguf.changes import norms_from_one
+from rl_mlx.convert.gguf.changes import Change, norms_from_one
 from rl_mlx.convert.gguf.keys import Keys
 from rl_mlx.convert.lazy import Arrays, Lazy
 from rl_mlx.convert.shapes import (
@@ -55,6 +57,26 @@ def _block_phi(config: Config, _layer: int) -> Shapes:
 
 def _outer_phi(config: Config) -> Shapes:
     return outer(config, norm="final_layernorm", norm_bias=True, head_bias=True)
+
+
+_QKV = re.compile(r"model\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)")
+
+
+def _older_phi(config: Config, name: str) -> Change | None:
+    """Files of the first weights, whose queries, keys and values were one matrix."""
+    match = _QKV.fullmatch(name)
+    if match is None:
+        return None
+    s = Sizes.of(config)
+    queries, keys = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    start, count = {"q": (0, queries), "k": (queries, keys), "v": (queries + keys, keys)}[match[2]]
+    total = queries + 2 * keys
+    return Change(
+        rows=start + np.arange(count),
+        run=total,
+        shape=(total, s.hidden) if match[3] == "weight" else (total,),
+        source=f"blk.{match[1]}.attn_qkv.{match[3]}",
+    )
 
 
 def _read_phi(keys: Keys) -> dict[str, Any]:
@@ -207,6 +229,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
         }),
         read=_read_phi,
         write=_nothing,
+        older=_older_phi,
         outer=_outer_phi,
         epsilon=("layer_norm_eps", LAYER_NORM),
         defaults=MappingProxyType({"layer_norm_eps": 1e-5}),

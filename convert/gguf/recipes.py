@@ -96,7 +96,13 @@ class ModelFacts:
         return large and self.heads != self.kv_heads
 
 
-_UNQUANTIZED = ("_norm.weight", "ffn_gate_inp.weight", "shortconv.conv.weight", "ssm_conv1d")
+_UNQUANTIZED = (
+    "_norm.weight",
+    "ffn_gate_inp.weight",
+    "shortconv.conv.weight",
+    "ssm_conv1d",
+    "position_embd.weight",
+)
 
 
 def is_quantized(name: str, shape: tuple[int, ...]) -> bool:

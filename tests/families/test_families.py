@@ -6,16 +6,22 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
 from rl_mlx import LLM
 from rl_mlx.convert import export
+from rl_mlx.convert.gguf.mapping import architecture
+from rl_mlx.convert.gguf.names import gguf_name
+from rl_mlx.convert.hfconfig import bilingual
+from rl_mlx.convert.layout import layout
 
 needs_llamacpp = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None or sys.platform == "win32",
@@ -42,6 +48,19 @@ def exported(family: Entry, folder: Path) -> Path:
         pytest.skip(family["gguf"])
     export(folder, folder.with_suffix(".gguf"))
     return folder.with_suffix(".gguf")
+
+
+def test_names_are_those_of_gguf_py(family: Entry) -> None:
+    if "gguf" in family:
+        pytest.skip(family["gguf"])
+    config = bilingual(family["config"])
+    found = architecture(config["model_type"])
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == found)
+    known = {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[arch]}
+    for name in layout(config, 10_000):
+        target = gguf_name(config["model_type"], name)
+        stem = re.sub(r"^blk\.\d+", "blk.{bid}", target).removesuffix(".weight")
+        assert stem.removesuffix(".bias") in known, name
 
 
 def test_transformers_has_our_logits(
