@@ -47,7 +47,8 @@ def table(rows: dict[str, dict[str, str]]) -> str:
         entry = json.loads((REGISTRY / f"{family}.json").read_text("utf-8"))
         model_type = entry["config"].get("model_type", family)
         by = "ours" if model_type in FAMILIES else "mlx-lm's"
-        lines.append((family, *(row.get(column, "no") for column in COLUMNS), by))
+        absent = "unmeasured" if entry.get("transformers") is False else "no"
+        lines.append((family, *(row.get(column, absent) for column in COLUMNS), by))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
