@@ -13,13 +13,12 @@ from rl_mlx.demo.style import Style
 from rl_mlx.demo.tasks import Exercises, Turn
 
 # Turns in a hundred from each file of topics, and from the exercises.
-_SHARES = {"about": 36, "smalltalk": 11, "facts": 16, "unknown": 8, "stories": 2, "tasks": 27}
+_SHARES = {"about": 39, "smalltalk": 12, "facts": 17, "unknown": 7, "stories": 1, "tasks": 24}
 
-# The same for single questions, when what is left to learn is which answer belongs to which.
-_FOCUS = {"about": 46, "smalltalk": 15, "facts": 20, "unknown": 7, "tasks": 12}
-
-# Conversations in a hundred with so many turns.
-_LENGTHS = {1: 72, 2: 12, 3: 8, 5: 5, 8: 2, 14: 1}
+# Conversations in a hundred with so many turns; and of those with several, how many have a name
+# that is told and asked for.
+_LENGTHS = {1: 82, 2: 9, 3: 5, 5: 3, 8: 1}
+_NAMED = 0.25
 
 _WORD_ENDS = ("n", "r", "s", "l", "m", "x", "t", "k", "", "", "", "")
 
@@ -57,17 +56,6 @@ class Corpus:
         while True:
             yield self._conversation(rng)
 
-    def questions_alone(self, seed: int) -> Iterator[Conversation]:
-        """Random single questions and their answers, for ever."""
-        rng = Random(seed)
-        while True:
-            kind = rng.choices(list(_FOCUS), list(_FOCUS.values()))[0]
-            if kind == "tasks":
-                turn = self._typed(self._exercises.sum(rng), rng)
-            else:
-                turn = self._typed(self._topic(kind, rng)[1], rng)
-            yield Conversation((turn,))
-
     def _conversation(self, rng: Random) -> Conversation:
         dice = rng.random()
         if dice < 0.03:
@@ -78,7 +66,7 @@ class Corpus:
         turns: list[Turn] = []
         while len(turns) < count:
             turns += self._turns(rng, follow=count > 1)
-        if count > 1 and rng.random() < 0.08:
+        if count > 1 and rng.random() < _NAMED:
             told, asked = self._exercises.introduction(rng)
             turns.insert(0, self._typed(told, rng))
             turns.insert(rng.randint(1, len(turns)), self._typed(asked, rng))

@@ -18,35 +18,32 @@ LENGTHS = (32, 48, 64, 80, 96, 128, 192, 256, 384, 512, 1024)
 POOL = 2048
 
 QUESTION_WEIGHT = 0.1
-# The first tokens of an answer decide which answer it is; the rest follows almost by itself.
-FIRST_TOKENS, FIRST_WEIGHT = 4, 4.0
+# The first tokens of an answer, and those after "=", decide whether it is the right one; the rest
+# follows almost by itself.
+FIRST_TOKENS, DECISIVE_WEIGHT = 4, 4.0
+EQUALS = "\u0120="  # " =" as a byte-level BPE writes it
 
-# Of a single question mostly the beginning of the answer is learned: that is what tells them apart,
-# and it costs a third of the whole.
-SHORT_ANSWER, SHORT_SHARE = 8, 0.7
+# Of a single question mostly the beginning of the answer is learned: that is what tells questions
+# apart, and it costs a third of the whole.
+SHORT_ANSWER, SHORT_SHARE = 12, 0.6
 
 Batch = tuple[mx.array, mx.array]
 Row = tuple[list[int], list[float]]
 
 
-def batches(
-    tokenizer: Tokenizer, seed: int, tokens: int, *, single: bool = False
-) -> Iterator[Batch]:
+def batches(tokenizer: Tokenizer, seed: int, tokens: int) -> Iterator[Batch]:
     """Endless batches of at least ``tokens`` tokens, in the same order for the same seed.
-
-    With ``single`` of single questions, most of their answers cut short.
 
     Each is the ids ``[B, L]`` and the loss weights of the next ids ``[B, L - 1]``. Conversations
     of like length go together; those longer than the longest batch are left out.
     """
-    corpus = Corpus()
-    stream = corpus.questions_alone(seed) if single else corpus.conversations(seed)
-    dice = Random(f"{seed}/short")
+    stream, dice = Corpus().conversations(seed), Random(f"{seed}/short")
     for pool in itertools.count():
         groups: dict[int, list[Row]] = {}
         made: list[Batch] = []
         for conversation in itertools.islice(stream, POOL):
-            row = _row(tokenizer, conversation, cut=single and dice.random() < SHORT_SHARE)
+            alone = len(conversation.turns) == 1 and conversation.system is None
+            row = _row(tokenizer, conversation, cut=alone and dice.random() < SHORT_SHARE)
             length = next((n for n in LENGTHS if n >= len(row[0])), None)
             if length is None:
                 continue
@@ -58,17 +55,24 @@ def batches(
         yield from made
 
 
-def _row(tokenizer: Tokenizer, conversation: Conversation, *, cut: bool = False) -> Row:
+def _row(tokenizer: Tokenizer, conversation: Conversation, *, cut: bool) -> Row:
     ids: list[int] = []
     weights: list[float] = []
+    equals = tokenizer.token_to_id(EQUALS)
     for text, learned in segments(conversation):
         piece = tokenizer.encode(text).ids
         if cut and ids:
             piece = piece[:SHORT_ANSWER] if learned else []
-        first = min(FIRST_TOKENS, len(piece)) if learned else 0
-        rest = 1.0 if learned else QUESTION_WEIGHT
+        decided = piece.index(equals) if equals in piece else len(piece)
         ids += piece
-        weights += [FIRST_WEIGHT] * first + [rest] * (len(piece) - first)
+        weights += [
+            QUESTION_WEIGHT
+            if not learned
+            else DECISIVE_WEIGHT
+            if i < FIRST_TOKENS or i > decided
+            else 1.0
+            for i in range(len(piece))
+        ]
     return ids, weights
 
 

@@ -34,7 +34,11 @@ class Shape:
 
 
 def initial(shape: Shape, seed: int) -> Weights:
-    """Random weights: normal, smaller where a layer adds to the residual stream."""
+    """Random weights: normal, and zero where a layer adds to the residual stream.
+
+    Each layer so begins as the identity, and embeddings of some size tell tokens apart from the
+    first step on.
+    """
     kv = shape.kv_heads * shape.head_dim
     matrices = {
         "attn_q": (shape.hidden, shape.hidden),
@@ -53,13 +57,12 @@ def initial(shape: Shape, seed: int) -> Weights:
         key, sub = mx.random.split(key)
         weights[f"{name}.weight"] = mx.random.normal(size, scale=deviation, key=sub)
 
-    normal("token_embd", (shape.vocab, shape.hidden), 0.02)
+    normal("token_embd", (shape.vocab, shape.hidden), 0.05)
     weights["output_norm.weight"] = mx.ones(shape.hidden)
     for layer in range(shape.layers):
         for name, size in matrices.items():
             residual = name in ("attn_output", "ffn_down")
-            deviation = size[1] ** -0.5 * ((2 * shape.layers) ** -0.5 if residual else 1)
-            normal(f"blk.{layer}.{name}", size, deviation)
+            normal(f"blk.{layer}.{name}", size, 0.0 if residual else size[1] ** -0.5)
         weights[f"blk.{layer}.attn_norm.weight"] = mx.ones(shape.hidden)
         weights[f"blk.{layer}.ffn_norm.weight"] = mx.ones(shape.hidden)
     return weights

@@ -63,42 +63,31 @@ class Training:
     def __init__(
         self, name: str, shape: Shape, loss: Loss, tokenizer: Tokenizer, args: argparse.Namespace
     ) -> None:
-        self._name, self._steps = name, args.steps + args.single_steps
+        self._name, self._steps = name, args.steps
         self.weights = initial(shape, args.seed)
-        warmup = max(1, args.steps // 20)
+        # The rate stays high and falls only at the end, so a run can be made longer until then.
+        warmup, falling = max(1, args.steps // 50), max(1, args.steps * 2 // 5)
         rise = optim.linear_schedule(0.0, args.rate, warmup)
-        # Conversations are left while the rate is still high; it falls to the end over questions.
-        slowly = 2 * args.steps if args.single_steps else args.steps - warmup
-        fall = optim.cosine_decay(args.rate, slowly, args.rate * 0.02)
-        end = optim.cosine_decay(args.rate * 0.7, max(1, args.single_steps), args.rate * 0.02)
-        rate = optim.join_schedules([rise, fall, end], [warmup, args.steps])
+        high = optim.linear_schedule(args.rate, args.rate, 1)
+        fall = optim.linear_schedule(args.rate, args.rate * 0.01, falling)
+        rate = optim.join_schedules([rise, high, fall], [warmup, args.steps - falling])
         self.optimizer = optim.AdamW(rate, betas=[0.9, 0.98], weight_decay=0.05)
         self.optimizer.init(self.weights)
         self._checkpoint = args.out / f"{name}.safetensors"
-        self._batches = itertools.chain(
-            itertools.islice(batches(tokenizer, args.seed, args.tokens), args.steps),
-            batches(tokenizer, args.seed, 2 * args.tokens, single=True),
-        )
+        self._batches = batches(tokenizer, args.seed, args.tokens)
         self._loss = loss
         self._done = 0
         self._restore()
 
     def run(self) -> Weights:
         """Train to the last step; returns the weights."""
-        state = [self.weights, self.optimizer.state]
         gradient = mx.value_and_grad(self._loss)
-
-        def step(ids: mx.array, share: mx.array) -> mx.array:
+        start, seen, losses = time.perf_counter(), 0, deque[float](maxlen=50)
+        for ids, share in itertools.islice(self._batches, self._done, self._steps):
             loss, grads = gradient(self.weights, ids, share)
             grads, _ = optim.clip_grad_norm(grads, 1.0)  # type: ignore[no-untyped-call]
             self.weights.update(self.optimizer.apply_gradients(grads, self.weights))
-            return loss
-
-        compiled = mx.compile(step, inputs=state, outputs=state)
-        start, seen, losses = time.perf_counter(), 0, deque[float](maxlen=50)
-        for ids, share in itertools.islice(self._batches, self._done, self._steps):
-            loss = compiled(ids, share)
-            mx.eval(loss, state)
+            mx.eval(loss, self.weights, self.optimizer.state)
             self._done += 1
             seen += ids.size
             losses.append(cast(float, loss.item()))
@@ -155,11 +144,10 @@ def main() -> None:
     """Train both networks and write ``demo.gguf`` and ``draft.gguf``."""
     parser = argparse.ArgumentParser(prog="python -m rl_mlx.demo.train", description=main.__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo-run"), help="folder of the run")
-    parser.add_argument("--steps", type=int, default=2800, help="the target's over conversations")
-    parser.add_argument("--single-steps", type=int, default=1500, help="and over single questions")
-    parser.add_argument("--draft-steps", type=int, default=600, help="steps of the draft")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens in a batch")
-    parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate")
+    parser.add_argument("--steps", type=int, default=6500, help="steps of the target")
+    parser.add_argument("--draft-steps", type=int, default=2000, help="steps of the draft")
+    parser.add_argument("--tokens", type=int, default=640, help="tokens in a batch")
+    parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -169,7 +157,7 @@ def main() -> None:
         args.out / "demo.gguf", target, TARGET, tokenizer, "rl-mlx demo",
         "A small chat model that shows rl-mlx at work. For a real model, run rl-mlx pull.",
     )  # fmt: skip
-    args.steps, args.single_steps, args.seed = args.draft_steps, 0, args.seed + 1
+    args.steps, args.seed = args.draft_steps, args.seed + 1
     draft = Training("draft", DRAFT, draft_loss(DRAFT, target, TARGET), tokenizer, args).run()
     export(
         args.out / "draft.gguf", draft, DRAFT, tokenizer, "rl-mlx demo draft",
