@@ -10,6 +10,7 @@ from rl_mlx.convert.families import (
     gpt2,
     layer_norms,
     llama_like,
+    mamba,
     mixtures,
     post_norms,
     qwen_moe,
@@ -26,5 +27,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
     **qwen_next.FAMILIES,
     **deepseek.FAMILIES,
     **mixtures.FAMILIES,
+    **mamba.FAMILIES,
 })  # fmt: skip
 """By ``model_type``."""

@@ -152,7 +152,8 @@ def _granite(config: Config, layer: int) -> Shapes:  # noqa: ARG001
     )
 
 
-def _granite_arrays(config: Config, arrays: Arrays) -> Arrays:  # noqa: ARG001
+def granite_arrays(config: Config, arrays: Arrays) -> Arrays:  # noqa: ARG001
+    """Experts of Granite: gate and up apart."""
     found: Arrays = {}
     for name, array in arrays.items():
         at = f"{name.partition('.block_sparse_moe.')[0]}.block_sparse_moe.switch_mlp"
@@ -252,7 +253,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
         names=_GRANITE_NAMES,
         read=_read_granite,
         write=_write_granite,
-        sanitize=_granite_arrays,
+        sanitize=granite_arrays,
         change=interleaved,
     ),
 })  # fmt: skip

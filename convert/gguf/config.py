@@ -58,7 +58,8 @@ def _common(keys: Keys, model_type: str) -> Fields:
         raise FormatError(
             f"{keys.path}: {keys.layers} blocks are not in {len(file.tensors)} tensors"
         )
-    if keys.heads < 1:
+    is_bare = keys.heads < 1 and keys.has("ssm.state_size")  # no attention at all
+    if keys.heads < 1 and not is_bare:
         raise FormatError(f"{keys.path}: a model of {keys.heads} attention heads cannot be")
     if not file.bool(f"{keys.arch}.attention.causal", True):
         raise UnsupportedModel(
@@ -76,7 +77,7 @@ def _common(keys: Keys, model_type: str) -> Fields:
         "vocab_size": embedding.shape[0],
         "hidden_size": keys.hidden,
         "num_hidden_layers": keys.layers,
-        "num_attention_heads": keys.uniform("attention.head_count"),
+        "num_attention_heads": 1 if is_bare else keys.uniform("attention.head_count"),
         "head_dim": keys.head_dim,
         "max_position_embeddings": keys.count("context_length"),
         epsilon: keys.number(key),

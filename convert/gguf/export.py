@@ -66,7 +66,7 @@ _FILE_TYPES: Mapping[GGMLType, int] = MappingProxyType(
     {T.F32: 0, T.F16: 1, T.Q4_0: 2, T.Q4_1: 3, T.Q8_0: 7, T.Q5_0: 8, T.Q5_1: 9, T.BF16: 32}
     | {T.TQ2_0: 37, T.MXFP4: 38, T.NVFP4: 39, T.Q1_0: 40}
 )
-_ALWAYS_F32 = re.compile(r".*(_norm\.weight|ffn_gate_inp\.weight|shortconv\.conv\.weight|\.bias)")
+_ALWAYS_F32 = re.compile(r".*(_norm\.weight|ffn_gate_inp\.weight|conv1?d?\.weight|\.bias|ssm_[ad])")
 
 
 def export(

@@ -12,6 +12,8 @@ _TOP: Mapping[str, str] = MappingProxyType(
     {
         "model.embed_tokens": "token_embd",
         "model.norm": "output_norm",
+        "backbone.embeddings": "token_embd",
+        "backbone.norm_f": "output_norm",
         "model.embedding_norm": "token_embd_norm",
         "model.final_layernorm": "output_norm",
         "model.wte": "token_embd",
@@ -97,7 +99,7 @@ _BLOCKS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "lfm2": _LFM2,
     }
 )
-_BLOCK = re.compile(r"model\.(?:layers|h)\.(\d+)\.(.+)", re.DOTALL)
+_BLOCK = re.compile(r"(?:model|backbone)\.(?:layers|h)\.(\d+)\.(.+)", re.DOTALL)
 
 
 def gguf_name(model_type: str, name: str) -> str:
@@ -109,8 +111,10 @@ def gguf_name(model_type: str, name: str) -> str:
     if match is None:
         return f"{_TOP[module]}{dot}{kind}"
     family = FAMILIES.get(model_type)
-    target = (family.names if family else _BLOCKS[model_type])[match[2]]
-    return f"blk.{match[1]}.{target}{dot}{kind}"
+    names = family.names if family else _BLOCKS[model_type]
+    if f"{match[2]}{dot}{kind}" in names:  # one that has no suffix there
+        return f"blk.{match[1]}.{names[f'{match[2]}{dot}{kind}']}"
+    return f"blk.{match[1]}.{names[match[2]]}{dot}{kind}"
 
 
 def gguf_names(

@@ -119,6 +119,7 @@ class GGUFWeights(Weights):
         raw = raw.reshape(-1, raw.shape[-1])
         done = self._changes.get(name)
         if done is not None and done.rows is not None:
+            stop = min(stop, len(raw) // done.unit * len(done.rows))  # a kernel's rows are fewer
             taken: npt.NDArray[np.uint8] = raw[done.places(start, stop)]
             return taken
         return raw[start:stop]

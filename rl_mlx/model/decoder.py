@@ -9,13 +9,27 @@ import mlx.core as mx
 from rl_mlx.model.attention import Attention
 from rl_mlx.model.gated_delta import GatedDelta
 from rl_mlx.model.layers import Linear, Matrix, Norm
+from rl_mlx.model.mamba2 import Mamba2
 from rl_mlx.model.mla import LatentAttention
 from rl_mlx.model.mlp import MLP, MoE, PlainMLP
 from rl_mlx.model.plan import CacheSpec, DecoderPlan, cache_specs
 from rl_mlx.model.shortconv import ShortConv
 from rl_mlx.model.step import Step
 
-Mixer = Attention | LatentAttention | ShortConv | GatedDelta
+
+class Both:
+    """Attention and a Mamba of one input, added (Falcon-H1)."""
+
+    def __init__(self, attention: Attention, mamba: Mamba2) -> None:
+        self._attention = attention
+        self._mamba = mamba
+
+    def __call__(self, x: mx.array, step: Step) -> mx.array:
+        """``[B, S, hidden]`` to the same."""
+        return self._attention(x, step) + self._mamba(x, step)
+
+
+Mixer = Attention | LatentAttention | ShortConv | GatedDelta | Mamba2 | Both
 
 
 class Block:
@@ -28,7 +42,7 @@ class Block:
         self,
         plan: DecoderPlan,
         mixer: Mixer,
-        mlp: MLP | PlainMLP | MoE,
+        mlp: MLP | PlainMLP | MoE | None,
         norms: tuple[Norm | None, Norm | None],
         post_norms: tuple[Norm | None, Norm | None],
     ) -> None:
@@ -43,6 +57,8 @@ class Block:
         """``[B, S, hidden]`` to the same."""
         normed = _normed(self._norms[0], x)
         mixed = self._added(self._mixer(normed, step), self._post_norms[0])
+        if self._mlp is None:
+            return x + mixed
         if self._parallel:
             start = normed if self._norms[1] is None else self._norms[1](x)
             return x + mixed + self._added(self._mlp(start), self._post_norms[1])

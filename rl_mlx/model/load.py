@@ -12,7 +12,7 @@ import numpy.typing as npt
 from rl_mlx.convert.weights import Dense, FloatType, Weights
 from rl_mlx.errors import FormatError, UnsupportedModel
 from rl_mlx.model.attention import Attention
-from rl_mlx.model.decoder import Block, Decoder, Mixer
+from rl_mlx.model.decoder import Block, Both, Decoder, Mixer
 from rl_mlx.model.families import FAMILIES
 from rl_mlx.model.gated_delta import GatedDelta
 from rl_mlx.model.layers import (
@@ -27,17 +27,21 @@ from rl_mlx.model.layers import (
     SplitLinear,
     laid_out,
 )
+from rl_mlx.model.mamba2 import Mamba2
 from rl_mlx.model.mla import LatentAttention, Queries
 from rl_mlx.model.mlp import MLP, ExpertLinear, MoE, PlainMLP, Router, SharedExpert
 from rl_mlx.model.plan import (
     AttentionPlan,
+    BothPlan,
     ConvPlan,
     DecoderPlan,
     DeltaPlan,
     LatentPlan,
+    MambaPlan,
     MixerPlan,
     MLPPlan,
     MoEPlan,
+    first_slot,
 )
 from rl_mlx.model.rope import Rope
 from rl_mlx.model.shortconv import ShortConv
@@ -91,7 +95,8 @@ def reload(decoder: Decoder, weights: Weights, dtype: FloatType, name: str) -> D
 
 def layer_of(decoder: Decoder, name: str) -> int | None:
     """The index of the block that the tensor ``name`` is part of; None for embeddings and head."""
-    layers = f"model.{decoder.plan.names.layers}."
+    names = decoder.plan.names
+    layers = f"{names.root}.{names.layers}."
     return int(name.removeprefix(layers).split(".")[0]) if name.startswith(layers) else None
 
 
@@ -114,25 +119,25 @@ class _Builder:
 
     def decoder(self, blocks: Sequence[Block] | None = None) -> Decoder:
         plan = self._plan
-        embedding = self._matrix(f"model.{plan.names.embedding}")
+        embedding = self._matrix(f"{plan.names.root}.{plan.names.embedding}")
         at = plan.names.positions
-        positions = self._matrix(f"model.{at}") if at else None
+        positions = self._matrix(f"{plan.names.root}.{at}") if at else None
         if blocks is None:
             blocks = [self.block(i) for i in range(len(plan.layers))]
         tied = plan.tied or "lm_head.weight" not in self._present
         head = Linear(embedding) if tied else self._linear("lm_head", plan.head_bias)
-        norm = self._norm(f"model.{plan.names.final_norm}", plan.norm_bias)
+        norm = self._norm(f"{plan.names.root}.{plan.names.final_norm}", plan.norm_bias)
         return Decoder(plan, embedding, blocks, norm, head, self._dtype, positions)
 
     def block(self, index: int) -> Block:
         names, layer = self._plan.names, self._plan.layers[index]
-        at = f"model.{names.layers}.{index}."
-        mixer = self._mixer(index, at, layer.mixer)
+        at = f"{names.root}.{names.layers}.{index}."
+        mixer = self._mixer(first_slot(self._plan, index), at, layer.mixer)
         at_mlp = f"{at}{names.mlp}."
         if isinstance(layer.mlp, MoEPlan):
-            mlp: MLP | PlainMLP | MoE = self._moe(at_mlp, layer.mlp)
+            mlp: MLP | PlainMLP | MoE | None = self._moe(at_mlp, layer.mlp)
         else:
-            mlp = self._mlp(at_mlp, layer.mlp)
+            mlp = None if layer.mlp is None else self._mlp(at_mlp, layer.mlp)
         norms = self._optional_norm(at, names.mixer_norm), self._optional_norm(at, names.mlp_norm)
         post_norms = (
             self._optional_norm(at, names.mixer_post_norm),
@@ -140,15 +145,30 @@ class _Builder:
         )
         return Block(self._plan, mixer, mlp, norms, post_norms)
 
-    def _mixer(self, index: int, at: str, plan: MixerPlan) -> Mixer:
+    def _mixer(self, slot: int, at: str, plan: MixerPlan) -> Mixer:
+        names = self._plan.names
+        if isinstance(plan, BothPlan):
+            attention = self._attention(slot, f"{at}{names.attention}.", plan.attention)
+            return Both(attention, self._mamba(slot + 1, f"{at}{names.mamba}.", plan.mamba))
         if isinstance(plan, ConvPlan):
-            return self._conv(index, f"{at}conv.", plan)
+            return self._conv(slot, f"{at}conv.", plan)
         if isinstance(plan, DeltaPlan):
-            return self._delta(index, f"{at}linear_attn.", plan)
-        at = f"{at}{self._plan.names.attention}."
+            return self._delta(slot, f"{at}linear_attn.", plan)
+        if isinstance(plan, MambaPlan):
+            return self._mamba(slot, f"{at}{names.mamba}.", plan)
+        at = f"{at}{names.attention}."
         if isinstance(plan, LatentPlan):
-            return self._latent_attention(index, at, plan)
-        return self._attention(index, at, plan)
+            return self._latent_attention(slot, at, plan)
+        return self._attention(slot, at, plan)
+
+    def _mamba(self, index: int, at: str, plan: MambaPlan) -> Mamba2:
+        bias = self._small(f"{at}conv1d.bias") if plan.kernel_bias else None
+        kernel = self._array(f"{at}conv1d.weight").astype(self._dtype), bias
+        log_rate, step, skip = (self._array(at + n) for n in ("A_log", "dt_bias", "D"))
+        norm = self._array(f"{at}norm.weight") if plan.norm else None
+        project, out = (self._linear(f"{at}{n}_proj", plan.bias) for n in ("in", "out"))
+        eps = self._plan.norm_eps
+        return Mamba2(index, plan, project, kernel, (log_rate, step, skip), norm, eps, out)
 
     def _attention(self, index: int, at: str, plan: AttentionPlan) -> Attention:
         names = self._plan.names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -132,10 +133,12 @@ class MoEPlan:
 @dataclass(frozen=True, kw_only=True)
 class Names:
     """Where a family's tensors lie below ``model.layers.N.`` (canonical names, see
-    ``convert/weights.py``); None where there is no such norm. The last ones lie below ``model.``.
+    ``convert/weights.py``); None where there is no such norm. The last ones lie below ``root``.
     """
 
+    root: str = "model"
     attention: str = "self_attn"
+    mamba: str = "mamba"
     qkv: str = "qkv_proj"
     out: str = "o_proj"
     q_norm: str = "q_norm"
@@ -176,7 +179,42 @@ class DeltaPlan:
         return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
 
-MixerPlan = AttentionPlan | LatentPlan | ConvPlan | DeltaPlan
+@dataclass(frozen=True, kw_only=True)
+class MambaPlan:
+    """Mamba 2: a memory ``state`` x ``head_dim`` for each head, behind a causal convolution of
+    ``taps``. Heads of a group share what they write and read by. ``norm``: one on the way out.
+    """
+
+    heads: int
+    head_dim: int
+    groups: int
+    state: int
+    taps: int
+    norm: bool = True
+    bias: bool = False
+    kernel_bias: bool = True
+    step_limit: tuple[float, float] = (0.0, math.inf)
+
+    @property
+    def inner(self) -> int:
+        """The width of all heads together."""
+        return self.heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """What the convolution runs over: inputs, B and C."""
+        return self.inner + 2 * self.groups * self.state
+
+
+@dataclass(frozen=True, kw_only=True)
+class BothPlan:
+    """Attention and a Mamba of one input, added (Falcon-H1)."""
+
+    attention: AttentionPlan
+    mamba: MambaPlan
+
+
+MixerPlan = AttentionPlan | LatentPlan | ConvPlan | DeltaPlan | MambaPlan | BothPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +222,7 @@ class LayerPlan:
     """One block: a mixer (attention or convolution) and a feed-forward layer."""
 
     mixer: MixerPlan
-    mlp: MLPPlan | MoEPlan
+    mlp: MLPPlan | MoEPlan | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,8 +280,19 @@ CacheSpec = KVSpec | StateSpec
 
 
 def cache_specs(plan: DecoderPlan) -> tuple[CacheSpec, ...]:
-    """What each layer of ``plan`` keeps."""
-    return tuple(_spec(layer.mixer, plan.hidden) for layer in plan.layers)
+    """What each mixer of ``plan`` keeps, those that work side by side one after the other."""
+    return tuple(
+        _spec(mixer, plan.hidden) for layer in plan.layers for mixer in _parts(layer.mixer)
+    )
+
+
+def first_slot(plan: DecoderPlan, layer: int) -> int:
+    """Where what the mixer of a layer keeps lies among ``cache_specs``."""
+    return sum(len(_parts(before.mixer)) for before in plan.layers[:layer])
+
+
+def _parts(mixer: MixerPlan) -> tuple[MixerPlan, ...]:
+    return (mixer.attention, mixer.mamba) if isinstance(mixer, BothPlan) else (mixer,)
 
 
 def _spec(mixer: MixerPlan, hidden: int) -> CacheSpec:
@@ -254,4 +303,7 @@ def _spec(mixer: MixerPlan, hidden: int) -> CacheSpec:
     if isinstance(mixer, DeltaPlan):
         memory = mixer.value_heads, mixer.key_dim, mixer.value_dim
         return StateSpec(mixer.taps, mixer.channels, memory)
+    if isinstance(mixer, MambaPlan):
+        return StateSpec(mixer.taps, mixer.channels, (mixer.heads, mixer.state, mixer.head_dim))
+    assert isinstance(mixer, ConvPlan), "a mixer of two parts"
     return StateSpec(mixer.taps, hidden)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rl_mlx import LLM
-from rl_mlx.model.gated_delta import advance
+from rl_mlx.model import gated_delta, mamba2
 
 OPTIONS: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
 
@@ -27,7 +27,7 @@ def draft(make_folder: Callable[..., Path], named: Callable[[str], Any], tmp_pat
     return make_folder(named("llama")).rename(tmp_path / "draft")
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_text"])
+@pytest.mark.parametrize("name", ["qwen3_5_text", "falcon_h1"])
 def test_alone_in_a_batch_after_a_hit_and_with_a_random_draft(
     name: str, draft: Path, make_folder: Callable[..., Path], named: Callable[[str], Any]
 ) -> None:
@@ -45,25 +45,45 @@ def test_alone_in_a_batch_after_a_hit_and_with_a_random_draft(
     assert sum(r.timings.drafted for r in drafted) > 50
 
 
+def some(rng: np.random.Generator, *shape: int) -> mx.array:
+    return mx.array(rng.standard_normal(shape).astype(np.float32))
+
+
+def token_by_token(advance: Any, memory: mx.array, inputs: tuple[mx.array, ...]) -> Any:
+    answers = []
+    for i in range(inputs[0].shape[1]):
+        answer, memory = advance(memory, tuple(x[:, i : i + 1] for x in inputs))
+        answers.append(answer)
+    return mx.concatenate(answers, axis=1), memory
+
+
 @pytest.mark.parametrize("length", [2, 5, 64, 70, 150])
 def test_chunks_of_a_delta_net_are_the_rule_token_by_token(length: int) -> None:
     rng = np.random.default_rng(length)
-
-    def some(*shape: int) -> mx.array:
-        return mx.array(rng.standard_normal(shape).astype(np.float32))
-
-    keys = some(2, length, 3, 8)
+    keys = some(rng, 2, length, 3, 8)
     keys = keys / mx.linalg.norm(keys, axis=-1, keepdims=True)
     keys[:, 3:] = keys[:, :1]  # the same key again and again, which is hard on the inverse
     inputs = (
-        some(2, length, 3, 8), keys, some(2, length, 3, 5),
-        -0.1 * mx.abs(some(2, length, 3)), mx.sigmoid(some(2, length, 3) + 2),
+        some(rng, 2, length, 3, 8), keys, some(rng, 2, length, 3, 5),
+        -0.1 * mx.abs(some(rng, 2, length, 3)), mx.sigmoid(some(rng, 2, length, 3) + 2),
     )  # fmt: skip
-    memory = want = some(2, 3, 8, 5)
-    answers = []
+    memory = some(rng, 2, 3, 8, 5)
+    want = token_by_token(gated_delta.advance, memory, inputs)
+    for got, expected in zip(gated_delta.advance(memory, inputs), want):
+        assert mx.allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [3, 64, 100])
+def test_chunks_of_mamba_are_its_recurrence(length: int) -> None:
+    rng = np.random.default_rng(length)
+    u, decay = some(rng, 2, length, 3, 5), -0.3 * mx.abs(some(rng, 2, length, 3))
+    inputs = u, some(rng, 2, length, 3, 8), some(rng, 2, length, 3, 8), decay
+    memory = some(rng, 2, 3, 8, 5)
+    state, want = np.array(memory, np.float64), []
     for i in range(length):
-        answer, want = advance(want, tuple(x[:, i : i + 1] for x in inputs))
-        answers.append(answer)
-    got, memory = advance(memory, inputs)
-    assert mx.allclose(got, mx.concatenate(answers, axis=1), rtol=1e-4, atol=1e-4)
-    assert mx.allclose(memory, want, rtol=1e-4, atol=1e-4)
+        added, b, c, rate = (np.array(x[:, i], np.float64) for x in inputs)
+        state = state * np.exp(rate)[..., None, None] + b[..., None] * added[..., None, :]
+        want.append(np.einsum("bhn,bhnp->bhp", c, state))
+    got, after = mamba2.advance(memory, inputs)
+    np.testing.assert_allclose(got, np.stack(want, 1), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(after, state, rtol=1e-4, atol=1e-4)
