@@ -23,7 +23,7 @@ def bilingual(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Defaults of transformers that readers do not share are spelled out.
     """
-    both = _text(config)
+    both = {key: _number(value) for key, value in _text(config).items()}
     _rope(both)
     if knows(both):
         _sizes(both)
@@ -45,6 +45,15 @@ def _text(config: Mapping[str, Any]) -> dict[str, Any]:
     whole = {k: v for k, v in config.items() if not k.endswith("_config") or "quant" in k}
     text = config.get("text_config")
     return {**whole, **(text if isinstance(text, Mapping) else {}), "model_type": family}
+
+
+def _number(value: Any) -> Any:
+    """What JSON has no word for, transformers spells out: ``{"__float__": "Infinity"}``."""
+    if isinstance(value, list):
+        return [_number(part) for part in value]
+    if isinstance(value, dict) and value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    return value
 
 
 def _rope(config: dict[str, Any]) -> None:
