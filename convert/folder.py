@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rl_mlx.convert import floats, layout
+from rl_mlx.convert.families import internlm2
 from rl_mlx.convert.hfconfig import bilingual
 from rl_mlx.convert.lazy import FLOATS, Array, Arrays, Lazy
 from rl_mlx.convert.prequantized import plain, with_settings
@@ -50,6 +51,8 @@ class FolderWeights(Weights):
         self._files = _open_shards(path)
         arrays = _arrays(self._files)
         try:
+            if config.get("model_type") == internlm2.MODEL_TYPE:
+                config, arrays = internlm2.as_llama(config, arrays)
             self.config = _complete(config, arrays)
             known = layout.knows(self.config)
             if known and "quantization" not in self.config and _quant_method(self.config):

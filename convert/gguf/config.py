@@ -237,6 +237,7 @@ def _lfm2(keys: Keys) -> Fields:
 _ARCHITECTURES: Mapping[str, tuple[str, Callable[[Keys], Fields]]] = MappingProxyType(
     {
         "llama": ("llama", _llama),
+        "internlm2": ("llama", _llama),
         "mistral3": ("mistral", _mistral3),
         "qwen2": ("qwen2", read_dense),
         "qwen3": ("qwen3", read_dense),

@@ -59,6 +59,12 @@ def named() -> Callable[[str], Entry]:
 
 
 @pytest.fixture
+def add_tokenizer() -> Callable[[Path], None]:
+    """Write a tokenizer into a folder."""
+    return _tokenizer
+
+
+@pytest.fixture
 def ids() -> list[int]:
     """A text longer than any window of the registry."""
     return np.random.default_rng(7).integers(3, 256, 40).tolist()

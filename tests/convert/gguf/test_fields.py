@@ -75,6 +75,16 @@ def test_what_is_written_is_read_back(name, hf_config, make_folder, tmp_path):
         ),
         ({"model_type": "gemma2", "query_pre_attn_scalar": 100}, "query_pre_attn_scalar"),
         ({"model_type": "qwen3_moe", "norm_topk_prob": False}, "norm_topk_prob"),
+        ({"model_type": "smollm3", "no_rope_layers": [0, 1]}, "every 4th layer"),
+        ({"model_type": "cohere", "use_qk_norm": True, "logit_scale": 1.0}, "from 64 layers"),
+        (
+            {
+                "model_type": "exaone4",
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "of 64 layers",
+        ),
     ],
 )
 def test_what_gguf_cannot_say_is_refused(changes, reason, hf_config):
