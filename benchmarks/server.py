@@ -74,6 +74,9 @@ async def _ask(url: str, body: dict[str, Any], begun: float) -> tuple[int, list[
         + content
     )
     times, tokens = [], 0
+    status = await reader.readline()
+    if b" 200 " not in status:
+        raise SystemExit((status + await reader.read()).decode())
     async for line in reader:
         if not line.startswith(b"data: {"):
             continue

@@ -33,10 +33,10 @@ def command(
         return
     width = max(len(m["name"]) for m in models)
     for m in models:
-        until = m["expires_at"] or "for ever"
+        until = f"until {m['expires_at']}" if m["expires_at"] else "for ever"
         print(
             f"{m['name']:<{width}}  {size(m['size']):>8}  {m['backend']:<10}"
-            f"  {m['running']} running, {m['waiting']} waiting  until {until}"
+            f"  {m['running']} running, {m['waiting']} waiting  {until}"
         )
 
 

@@ -88,7 +88,9 @@ class ServerFlags:
         if self.keep_alive is not None:
             found["keep_alive"] = seconds(self.keep_alive, "--keep-alive")
         if self.grace is not None:
-            found["grace"] = seconds(self.grace, "--grace") or 0.0
+            found["grace"] = seconds(self.grace, "--grace")
+            if found["grace"] is None:
+                raise InvalidRequest(f"--grace must be from 0 s to a year, not {self.grace!r}")
         if self.max_body is not None:
             found["body_limit"] = self.max_body << 20
         if self.api_key_file is not None:

@@ -155,9 +155,11 @@ async def _openapi(request: Request) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    problem = Problem(error.status_code, _WORDS.get(error.status_code, error.detail))
-    body = dialect_of(request.url.path).body(problem)
+    path, words = request.url.path, error.detail
+    if error.status_code == 404:
+        words = f"there is nothing at {path!r:.200}; /openapi.json lists the paths"
+    elif error.status_code == 405:
+        words = f"{path} takes {(error.headers or {}).get('Allow', 'another method')}"
+    problem = Problem(error.status_code, words)
+    body = dialect_of(path).body(problem)
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
-
-
-_WORDS = {404: "there is nothing at this path", 405: "this path has other methods"}

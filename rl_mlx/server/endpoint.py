@@ -324,6 +324,8 @@ async def _read(receive: Receive, limit: int) -> bytes:
 
 def _check(content: bytes, schema: type[M]) -> M:
     """The body as its schema has it. Raises ``InvalidRequest`` or pydantic's own error."""
+    if not content:
+        raise InvalidRequest("the body is empty; it must be a JSON object")
     try:
         value = json.loads(content, parse_constant=_refuse)
         _check_depth(value)

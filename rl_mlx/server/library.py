@@ -182,8 +182,7 @@ async def delete(call: Call[NamedRequest]) -> Json:
     model = await asyncio.to_thread(lambda: next((m for m in installed() if m.name == name), None))
     if model is None:
         raise ModelNotFound(f"no model {name!r} here; GET /api/tags lists what there is")
-    await call.state.models.expire(model.path)
-    if any(loaded.files.path == model.path for loaded in call.state.models.loaded):
+    if not await call.state.models.expire(model.path):
         raise InvalidRequest(f"{name} is in use")
     await asyncio.to_thread(remove, model)
     call.state.models.forget(model.path)

@@ -90,6 +90,7 @@ class Models:
         self._loading: dict[Path, asyncio.Task[Loaded]] = {}
         self._users: Counter[Path] = Counter()
         self._lock = asyncio.Lock()
+        self._unloading = asyncio.Lock()
         self._freed = asyncio.Event()
         self._wants_room = False
         self.started = False
@@ -169,7 +170,10 @@ class Models:
         if files is None:
             pattern = next((p for p in aliases if fnmatch.fnmatchcase(name, p)), None)
             if pattern is None or aliases[pattern] == name:
-                raise ModelNotFound(f"no model {name!r} here; GET /v1/models lists what there is")
+                raise ModelNotFound(
+                    f"no model {name!r:.200} here; GET /v1/models lists what there is, and --alias "
+                    "gives a model another name"
+                )
             return await self.find(aliases[pattern])
         self._known[name] = files
         return files
@@ -178,10 +182,13 @@ class Models:
         """Names of a model that was deleted mean nothing any more."""
         self._known = {name: files for name, files in self._known.items() if files.path != path}
 
-    async def expire(self, path: Path) -> None:
-        """Unload a model if nobody uses it."""
-        if path in self._loaded and not self._users[path] and path not in self._pinned:
+    async def expire(self, path: Path) -> bool:
+        """Unload a model if nobody uses it, or waits for it; whether it is gone."""
+        if path in self._users or path in self._loading or path in self._pinned:
+            return False
+        if path in self._loaded:
             await self._unload(path)
+        return True
 
     def _start_load(self, files: ModelFiles) -> asyncio.Task[Loaded]:
         """The task that loads a model; it goes on when the one who asked first has left."""
@@ -201,6 +208,8 @@ class Models:
         async with self._lock:
             needed = await asyncio.to_thread(weight_bytes, files.path)
             await self._make_room(files.name, needed)
+            async with self._unloading:  # what is on its way out still holds its memory
+                pass
             started = time.monotonic()
             while True:
                 others = sum(model.footprint for model in self._loaded.values())
@@ -248,7 +257,8 @@ class Models:
 
     async def _unload(self, path: Path) -> None:
         model = self._loaded.pop(path)
-        await model.llm.close()
+        async with self._unloading:
+            await model.llm.close()
 
     async def _sweep(self) -> None:
         """Unload what nobody asked for in its time."""

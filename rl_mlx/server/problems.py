@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rl_mlx.errors import ContextOverflow, InvalidRequest, RlMlxError
+from rl_mlx.errors import ContextOverflow, InvalidRequest, ModelNotFound, RlMlxError
 
 RETRY_AFTER = {429: "1", 503: "5"}
 
@@ -70,12 +70,13 @@ def problem_of(error: Exception, request_id: str = "") -> Problem:
         return Problem(400, message, param, request_id)
     if isinstance(error, RlMlxError):
         text = " ".join(str(error).split()) or type(error).__name__
-        code = "context_length_exceeded" if isinstance(error, ContextOverflow) else None
+        code = next((_CODES[kind] for kind in _CODES if isinstance(error, kind)), None)
         return Problem(error.status, text, getattr(error, "param", None), request_id, code)
     message = f"this should not have happened; the server's log has it under {request_id}"
     return Problem(500, message, None, request_id)
 
 
+_CODES = {ContextOverflow: "context_length_exceeded", ModelNotFound: "model_not_found"}
 _BRANCHES = ("str", "int", "float", "bool")
 
 
@@ -98,7 +99,6 @@ def _first_of(error: ValidationError) -> tuple[str, str | None]:
 
 _OPENAI = {
     401: ("invalid_request_error", "invalid_api_key"),
-    404: ("invalid_request_error", "model_not_found"),
     429: ("rate_limit_error", "rate_limit_exceeded"),
 }
 _ANTHROPIC = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -19,9 +20,11 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rl_mlx.errors import RlMlxError
+from rl_mlx.server.logs import LOGGER
 from rl_mlx.server.settings import ServerSettings
 from rl_mlx.server.state import State
 
+_logger = logging.getLogger(LOGGER)
 _BACKLOG = 2048
 _KEEP_ALIVE = 30
 _AFTER_GRACE = 5  # seconds for the error events of what was ended
@@ -108,7 +111,12 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """See uvicorn."""
         app: Any = self.config.app
-        app.state.server.gate.drain(self._settings.grace)
+        gate, grace = app.state.server.gate, self._settings.grace
+        gate.drain(grace)
+        if gate.active:
+            _logger.info(
+                "going down: requests under way have %g s, or until it is told again", grace
+            )
         await super().shutdown(sockets)
 
     @contextmanager

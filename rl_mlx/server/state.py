@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,9 @@ class State:
     INLINE = 1 << 16
     """Bytes up to which a body is parsed in the event loop."""
     STORED = 1000
-    """Responses that can be gone on from."""
+    """Responses that can be gone on from, at most."""
+    STORED_SIZE = 64 << 20
+    """Characters of them all, at most: those stored first are forgotten."""
 
     def __init__(self, settings: ServerSettings, models: Models, metrics: Metrics) -> None:
         self.settings = settings
@@ -33,13 +36,16 @@ class State:
         self.gate = Gate(settings.queue)
         self.conversations: OrderedDict[str, list[dict[str, Any]]] = OrderedDict()
         """The turns of stored responses, by id."""
+        self._sizes: dict[str, int] = {}
         self._threads = ThreadPoolExecutor(2, "rl-mlx-text")
 
     def remember(self, response_id: str, turns: list[dict[str, Any]]) -> None:
-        """Keep a conversation, and forget the oldest one that is too many."""
+        """Keep a conversation, and forget the oldest ones that are too many."""
         self.conversations[response_id] = turns
-        if len(self.conversations) > self.STORED:
-            self.conversations.popitem(last=False)
+        self._sizes[response_id] = len(json.dumps(turns))
+        while len(self._sizes) > self.STORED or sum(self._sizes.values()) > self.STORED_SIZE:
+            oldest, _ = self.conversations.popitem(last=False)
+            del self._sizes[oldest]
 
     async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
         """The value of a function run in one of the threads for text."""

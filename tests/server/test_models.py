@@ -201,6 +201,47 @@ def test_idle_models_go(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.usefixtures("store")
+def test_what_is_being_unloaded_is_gone_before_the_next_one_loads(loader: Loader) -> None:
+    async def run() -> None:
+        async with managed(loader) as manager:
+            await use(manager, "a")
+            (a,) = manager.loaded
+            may_close, close = asyncio.Event(), a.llm.close
+
+            async def slowly() -> None:
+                await may_close.wait()
+                await close()
+
+            a.llm.close = slowly  # type: ignore[method-assign]
+            going = asyncio.create_task(manager.expire(a.files.path))
+            coming = asyncio.create_task(use(manager, "b"))
+            await asyncio.sleep(0.05)
+            assert loader.loads == ["a"]
+            may_close.set()
+            await coming
+            assert loader.closed == ["a"]
+            assert await going
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("store")
+def test_a_model_that_is_loading_is_in_use(loader: Loader, tmp_path: Path) -> None:
+    async def run() -> None:
+        async with managed(loader) as manager:
+            loader.hold = threading.Event()
+            using = asyncio.create_task(use(manager, "a"))
+            await until(lambda: loader.loads == ["a"])
+            assert not await manager.expire(tmp_path / "a.gguf")
+            loader.hold.set()
+            await using
+            assert await manager.expire(tmp_path / "a.gguf")
+            assert loaded(manager) == []
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("store")
 def test_aliases_and_what_clients_may_name(loader: Loader, tmp_path: Path) -> None:
     aliases = {"small": "a", "gpt-*": "b", "loop": "loop", "c": "a"}
 

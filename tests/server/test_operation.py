@@ -71,7 +71,10 @@ def test_unknown_paths_in_the_shape_of_the_api(
     for name in at:
         value = value[name]
     assert isinstance(value, str)
-    assert client.get(CHAT).status_code == 405
+    assert value.startswith("there is nothing at")
+    reply = client.get(CHAT)
+    assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
+    assert reply.json()["error"]["message"] == f"{CHAT} takes POST"
 
 
 def test_a_client_that_leaves_a_stream_is_cancelled(fake: Any, client: httpx.Client) -> None:

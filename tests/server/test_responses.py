@@ -51,6 +51,14 @@ def test_it_goes_on_from_a_response(fake: Any, sdk: Any) -> None:
             sdk.responses.create(model="demo", input="more", previous_response_id=unknown)
 
 
+def test_what_is_stored_has_a_limit(fake: Any, sdk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake.state, "STORED_SIZE", 2000, raising=False)
+    long = [sdk.responses.create(model="demo", input="x" * 900).id for _ in range(3)]
+    kept = fake.state.conversations
+    assert long[0] not in kept
+    assert long[2] in kept
+
+
 def test_events_in_order(fake: Any, sdk: Any) -> None:
     fake.text = "<think>\nHm.\n</think>\n\nI will look.\n" + CALL
     events = list(sdk.responses.create(model="demo", input="hi", tools=[TOOL], stream=True))
