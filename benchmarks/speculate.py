@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -41,6 +42,7 @@ from rl_mlx.sample.verify import Draft
 from rl_mlx.text.tokenizer import Tokenizer
 from rl_mlx.types import Event, Finished, Request, Result, SamplingParams, Timings
 
+Prompts = Seq[list[int]]
 EXACT = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
@@ -75,23 +77,32 @@ def synthetic(pairs: int = 5, draws: int = 50_000) -> dict[str, Any]:
     return found
 
 
+def prompt_sets(tokenizer: Tokenizer) -> dict[str, list[list[int]]]:
+    """Prompts by what comes after them: answers that are nearly certain, or what is open."""
+    random, exercises = Random(0), Exercises()
+    asked = [exercises.exercise(random)[0] for _ in range(12)]
+    heroes = ("a fox", "a bear", "a frog", "a cat", "a dog", "a bird")
+    asked += [f"tell me a story about {hero}" for hero in heroes]
+    turns = [tokenizer.template.render([{"role": "user", "content": text}]) for text in asked]
+    openings = [text.partition("{")[0].strip() for text in plain_texts("stories")]
+    words = " ".join(lists("words")["words"]).split()
+    return {
+        "questions and stories": [tokenizer.encode(t, add_special=False) for t in turns],
+        "texts that go on": [tokenizer.encode(t) for t in dict.fromkeys(openings) if t][:12],
+        "lists of words": [
+            tokenizer.encode(", ".join(random.sample(words, 3)) + ",") for _ in range(12)
+        ],
+    }
+
+
 class Pair:
     """A target and its draft, on both sides."""
 
     def __init__(self, target: str, draft: str, pairs: int) -> None:
         self.target, self.draft, self.pairs = target, draft, pairs
         self._folder = tempfile.TemporaryDirectory()
-        random, exercises = Random(0), Exercises()
-        asked = [exercises.exercise(random)[0] for _ in range(12)]
-        heroes = ("a fox", "a bear", "a frog", "a cat", "a dog", "a bird")
-        asked += [f"tell me a story about {hero}" for hero in heroes]
-        tokenizer = Tokenizer.from_gguf(target)
-        self.prompts = [
-            tokenizer.encode(
-                tokenizer.template.render([{"role": "user", "content": text}]), add_special=False
-            )
-            for text in asked
-        ]
+        self.sets = prompt_sets(Tokenizer.from_gguf(target))
+        self.prompts = self.sets["questions and stories"]
 
     @functools.cache  # noqa: B019  (the pair lives as long as the program)
     def ours(self, tokens: int | None, draft: str | None = "") -> LLM:
@@ -109,15 +120,17 @@ class Pair:
             made.append(load_mlx_lm(folder)[0])
         return made[0], made[1]
 
-    def run_ours(self, llm: LLM, tokens: int, seed: int = 0, **sampling: Any) -> list[Result]:
+    def run_ours(
+        self, llm: LLM, tokens: int, seed: int = 0, prompts: Prompts = (), **sampling: Any
+    ) -> list[Result]:
         """One answer after the other."""
         return [
             llm.generate(p, max_tokens=tokens, seed=seed + i, **sampling)
-            for i, p in enumerate(self.prompts)
+            for i, p in enumerate(prompts or self.prompts)
         ]
 
     def run_theirs(
-        self, draft: int, tokens: int, temperature: float, seed: int = 0
+        self, draft: int, tokens: int, temperature: float, seed: int = 0, prompts: Prompts = ()
     ) -> tuple[int, int, int]:
         """Drafted and accepted tokens, and steps of the target."""
         from mlx_lm.generate import speculative_generate_step
@@ -125,7 +138,7 @@ class Pair:
 
         eos = Tokenizer.from_gguf(self.target).eos_ids
         accepted = steps = 0
-        for i, prompt in enumerate(self.prompts):
+        for i, prompt in enumerate(prompts or self.prompts):
             mx.random.seed(seed + i)
             came = speculative_generate_step(
                 mx.array(prompt), *self.theirs, num_draft_tokens=draft, max_tokens=tokens,
@@ -141,11 +154,11 @@ class Pair:
         return draft * steps, accepted, steps
 
 
-def expected(pair: Pair) -> dict[str, float]:
+def expected(pair: Pair, prompts: Prompts) -> dict[str, float]:
     """The two rules' acceptance along text that the target samples: no draws, no noise."""
     target, draft = pair.ours(None, None), LLM(pair.draft, backend="mlx", dtype="float32")
-    exact, matching = [], []
-    for i, prompt in enumerate(pair.prompts):
+    exact, matching, entropy = [], [], []
+    for i, prompt in enumerate(prompts):
         ids = target.generate(prompt, max_tokens=96, seed=i, **EXACT).token_ids
         if not ids:
             continue
@@ -154,26 +167,34 @@ def expected(pair: Pair) -> dict[str, float]:
         p, q = (mx.softmax(each, axis=-1) for each in logits)
         exact += np.array(mx.minimum(p, q).sum(axis=-1)).tolist()
         matching += np.array((p * q).sum(axis=-1)).tolist()
+        entropy += np.array(-(p * mx.log(p + 1e-20)).sum(axis=-1)).tolist()
     draft.close()
     means = statistics.mean(exact), statistics.mean(matching)
     return {
         "sum(min(p, q))": round(means[0], 4),
         "sum(p * q)": round(means[1], 4),
         "ratio": round(means[0] / means[1], 3),
+        "entropy, nats a token": round(statistics.mean(entropy), 3),
     }
 
 
 def acceptance(pair: Pair) -> dict[str, Any]:
+    """What can be had and what was, for each set of prompts."""
+    return {name: acceptance_of(pair, prompts) for name, prompts in pair.sets.items()}
+
+
+def acceptance_of(pair: Pair, prompts: Prompts) -> dict[str, Any]:
     """One draft token a step, against mlx-lm, at temperature 1 and greedy."""
-    found: dict[str, Any] = {"expected at temperature 1": expected(pair)}
+    found: dict[str, Any] = {"expected at temperature 1": expected(pair, prompts)}
     for name, temperature, rounds in (("temperature 1", 1.0, pair.pairs), ("greedy", 0.0, 1)):
         sampling = {**EXACT, "temperature": temperature}
         mine, theirs = [0, 0], [0, 0]
         for seed in range(0, 1000 * rounds, 1000):
-            timings = [r.timings for r in pair.run_ours(pair.ours(1), 96, seed, **sampling)]
+            results = pair.run_ours(pair.ours(1), 96, seed, prompts, **sampling)
+            timings = [r.timings for r in results]
             mine[0] += sum(t.drafted for t in timings)
             mine[1] += sum(t.accepted for t in timings)
-            drafted, accepted, _ = pair.run_theirs(1, 96, temperature, seed)
+            drafted, accepted, _ = pair.run_theirs(1, 96, temperature, seed, prompts)
             theirs[0] += drafted
             theirs[1] += accepted
         rates = mine[1] / mine[0], theirs[1] / theirs[0]
