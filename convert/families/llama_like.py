@@ -1,4 +1,4 @@
-"""Llama with something more or less: Gemma 1, Granite, MiniCPM, SmolLM 3, ERNIE 4.5."""
+"""Llama with more or less: Gemma 1, Granite, MiniCPM, SmolLM 3, ERNIE 4.5, Seed-OSS, Arcee."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rl_mlx.convert.families.words import (
 from rl_mlx.convert.family import Family
 from rl_mlx.convert.gguf.changes import interleaved, norms_from_one
 from rl_mlx.convert.gguf.keys import Keys
-from rl_mlx.convert.shapes import Config, Shapes, Sizes, attention, mlp, pre_norms
+from rl_mlx.convert.shapes import Config, Shapes, Sizes, attention, linear, mlp, pre_norms
 from rl_mlx.errors import UnsupportedModel
 
 _NAMES = MappingProxyType({**PRE_NORMS, **ATTENTION, **DENSE})
@@ -115,6 +115,32 @@ def _read_ernie(keys: Keys) -> dict[str, Any]:
     return {**read_dense(keys), "use_bias": has_bias(keys, "attn_q")}
 
 
+def _block_seed_oss(config: Config, _layer: int) -> Shapes:
+    s, bias = Sizes.of(config), bool(config.get("attention_bias"))
+    out = bool(config.get("attention_out_bias"))
+    feed = mlp(s, bias=bool(config.get("mlp_bias")))
+    return pre_norms(s) | attention(s, bias=bias, out_bias=out) | feed
+
+
+def _read_seed_oss(keys: Keys) -> dict[str, Any]:
+    return {**_read(keys), "attention_out_bias": has_bias(keys, "attn_output")}
+
+
+def _block_arcee(config: Config, _layer: int) -> Shapes:
+    s, bias = Sizes.of(config), bool(config.get("attention_bias"))
+    feed = bool(config.get("mlp_bias"))
+    return (
+        pre_norms(s)
+        | attention(s, bias=bias, out_bias=bias)
+        | linear("mlp.up_proj", s.inner, s.hidden, bias=feed)
+        | linear("mlp.down_proj", s.hidden, s.inner, bias=feed)
+    )
+
+
+def _read_arcee(keys: Keys) -> dict[str, Any]:
+    return {**_read(keys), "hidden_act": "relu2"}
+
+
 FAMILIES: Mapping[str, Family] = MappingProxyType({
     "gemma": Family(
         architecture="gemma",
@@ -147,6 +173,25 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
         read=_read_minicpm,
         write=_write_minicpm,
         change=interleaved,
+    ),
+    "seed_oss": Family(
+        architecture="seed_oss",
+        class_name="SeedOssForCausalLM",
+        block=_block_seed_oss,
+        names=MappingProxyType({**_NAMES, "post_attention_layernorm": "post_attention_norm"}),
+        read=_read_seed_oss,
+        write=_nothing,
+        defaults=MappingProxyType({"attention_bias": True, "attention_out_bias": False}),
+    ),
+    "arcee": Family(
+        architecture="arcee",
+        class_name="ArceeForCausalLM",
+        block=_block_arcee,
+        names=_NAMES,
+        read=_read_arcee,
+        write=_nothing,
+        change=interleaved,
+        defaults=MappingProxyType({"hidden_act": "relu2", "rms_norm_eps": 1e-5}),
     ),
     "smollm3": Family(
         architecture="smollm3",
