@@ -224,69 +224,78 @@ def medians(times: list[Measured]) -> dict[str, float]:
     return {name: statistics.median(getattr(t, name) for t in times) for name in Measured._fields}
 
 
-def ratio(times: list[Measured], others: list[Measured]) -> float:
+def ratio(times: list[Measured], others: list[Measured], what: str) -> float:
     """How many times as fast as the others: the median over the rounds."""
     pairs = zip(times, others, strict=True)
-    return statistics.median(other.seconds / own.seconds for own, other in pairs)
+    return statistics.median(getattr(other, what) / getattr(own, what) for own, other in pairs)
+
+
+PAIRS = (("convert", "cp"), ("convert", "naive"), ("q4", "mlx-lm"))
+
+
+def measure_arms(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Every arm on models of ``--mb``, and the ratios of pairs."""
+    source, folder = work / "model.gguf", work / "hf"
+    write_gguf(source, options.mb)
+    write_folder(folder, options.mb)
+    arms = {
+        "cp": (source, 0.0),
+        "convert": (source, 0.0),
+        "naive": (source, options.naive_mb * 1e6),
+    }
+    found = compare(arms, work / "out", options.runs)
+    found |= compare(dict.fromkeys(("q4", "mlx-lm"), (folder, 0.0)), work / "out", options.runs)
+    source.unlink()
+    shutil.rmtree(folder)
+    return {
+        "mb": options.mb,
+        "arms": {arm: medians(times) for arm, times in found.items()},
+        "ratios": {f"{a} / {b}": ratio(found[a], found[b], "seconds") for a, b in PAIRS},
+        "ratios of core seconds": {
+            f"{a} / {b}": ratio(found[a], found[b], "cores") for a, b in PAIRS
+        },
+    }
+
+
+def measure_sizes(work: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """``convert`` of files of each of ``--sizes``."""
+    found = {}
+    for size in options.sizes:
+        source = work / "size.gguf"
+        write_gguf(source, size)
+        mb = source.stat().st_size / 1e6
+        times = medians([run("convert", source, work / "out") for _ in range(options.runs)])
+        speeds = {"mb_a_second": mb / times["seconds"], "mb_a_core_second": mb / times["cores"]}
+        found[f"{mb:.0f}"] = times | speeds
+    return found
 
 
 def main() -> None:
     """Measure, and print tables or JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--mb", type=float, default=500)
+    parser.add_argument("--mb", type=float, default=500, help="0 leaves the arms out")
     parser.add_argument("--naive-mb", type=float, default=30)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--sizes", type=float, nargs="*", default=[10, 50, 250, 1000, 2000])
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    found: dict[str, list[Measured]] = {}
-    sizes: dict[str, dict[str, float]] = {}
-    load = os.getloadavg()[0]
+    results: dict[str, Any] = {"machine": machine(), "load": [os.getloadavg()[0]]}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        work = Path(folder)
-        write_gguf(work / "model.gguf", options.mb)
-        write_folder(work / "hf", options.mb)
-        source = work / "model.gguf"
-        arms = {
-            "cp": (source, 0.0),
-            "convert": (source, 0.0),
-            "naive": (source, options.naive_mb * 1e6),
-        }
-        found |= compare(arms, work / "out", options.runs)
-        found |= compare(
-            dict.fromkeys(("q4", "mlx-lm"), (work / "hf", 0.0)), work / "out", options.runs
-        )
-        source.unlink()
-        shutil.rmtree(work / "hf")
-        for size in options.sizes:
-            write_gguf(work / "size.gguf", size)
-            bytes_ = (work / "size.gguf").stat().st_size
-            times = [run("convert", work / "size.gguf", work / "out") for _ in range(options.runs)]
-            sizes[f"{bytes_ / 1e6:.0f}"] = medians(times) | {
-                "mb_a_second": bytes_ / 1e6 / statistics.median(t.seconds for t in times),
-                "mb_a_core_second": bytes_ / 1e6 / statistics.median(t.cores for t in times),
-            }
-    results = {
-        "machine": machine() | {"load": (load, os.getloadavg()[0])},
-        "mb": options.mb,
-        "arms": {arm: medians(times) for arm, times in found.items()},
-        "ratios": {
-            "convert / cp": ratio(found["convert"], found["cp"]),
-            "convert / naive": ratio(found["convert"], found["naive"]),
-            "q4 / mlx-lm": ratio(found["q4"], found["mlx-lm"]),
-        },
-        "sizes": sizes,
-    }
+        if options.mb:
+            results |= measure_arms(Path(folder), options)
+        results["sizes"] = measure_sizes(Path(folder), options)
+    results["load"].append(os.getloadavg()[0])
     print(json.dumps(results, indent=2) if options.json else table(results))
 
 
 def table(results: dict[str, Any]) -> str:
     """For people."""
     lines = [f"{'':12}{'cached s':>12}{'on disk s':>12}{'core s':>12}{'peak MB':>12}"]
-    for arm, found in results["arms"].items():
+    for arm, found in results.get("arms", {}).items():
         lines.append(f"{arm:12}" + "".join(f"{found[name]:12.2f}" for name in Measured._fields))
-    lines += [f"{what:24}{number:12.2f}" for what, number in results["ratios"].items()]
+    for kind in ("ratios", "ratios of core seconds"):
+        lines += [f"{what:24}{n:12.2f}  {kind}" for what, n in results.get(kind, {}).items()]
     lines += [
         f"convert {size:>6} MB {at['mb_a_second']:8.0f} MB/s {at['mb_a_core_second']:8.0f} MB a "
         f"core second {at['peak_mb']:6.0f} MB peak"

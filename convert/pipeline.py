@@ -149,6 +149,7 @@ class _Conversion:
         self._sources = [source(weights, name) for name in weights.names()]
         self._main = self._main_type()
         self._done = 0
+        self._total = sum(part.nbytes for part in self._sources)
 
     def run(self, shard_bytes: int, started: float) -> Report:
         self._check_family()
@@ -272,7 +273,7 @@ class _Conversion:
             self._weights.release()
 
     def _tell(self, of_this: int) -> None:
-        self._progress(self._done + of_this, sum(s.nbytes for s in self._sources))
+        self._progress(self._done + of_this, self._total)
 
     def _write_texts(self) -> tuple[str, ...]:
         """Tokenizer, templates and the like; returns what should be known about them."""
