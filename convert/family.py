@@ -46,7 +46,7 @@ class Family:
     ``defaults`` are those of transformers' config class that readers must know;
     ``complete(config)`` says in the words of other families what this one has words of its own for.
     ``exported_as`` is the family whose GGUF files are made of this one's, and ``mlx_type`` mlx-lm's
-    name of it.
+    name of it; modules of a layer that are ``plain`` mlx-lm reads as floats alone.
     """
 
     architecture: str
@@ -66,3 +66,4 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     exported_as: str | None = None
     mlx_type: str | None = None
+    plain: tuple[str, ...] = ()

@@ -106,6 +106,9 @@ def source(weights: Weights, name: str) -> Source:
     """The tensor ``name`` of a GGUF file or a folder, to be read by rows."""
     shape = weights.shape(name)
     count = math.prod(shape)
+    if isinstance(weights, GGUFWeights) and len(shape) > 1 and weights.is_decoded(name):
+        rows = count // shape[-1]
+        return Source(name, "F32", False, shape, 4 * count, rows, _decoded_rows(weights, name))  # noqa: FBT003
     if isinstance(weights, GGUFWeights):
         kind, read = weights.type(name), _gguf_rows(weights, name)
         nbytes = count // kind.block_size * kind.block_bytes
@@ -120,6 +123,16 @@ def source(weights: Weights, name: str) -> Source:
     read = partial(weights.rows, name)
     rows = count // shape[-1] if shape else 1
     return Source(name, held.label, packing is not None, shape, held.nbytes(count), rows, read)
+
+
+def _decoded_rows(weights: GGUFWeights, name: str) -> Callable[[int, int], Piece]:
+    """How rows of a tensor are read that are no rows of its GGUF file: out of all its numbers."""
+
+    def read(start: int, stop: int) -> Piece:
+        whole = dequantize(weights.load(name))
+        return Dense(whole.reshape(-1, whole.shape[-1])[start:stop], "float32")
+
+    return read
 
 
 def _gguf_rows(weights: GGUFWeights, name: str) -> Callable[[int, int], Piece]:

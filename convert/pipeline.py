@@ -28,6 +28,7 @@ from rl_mlx.convert.checkpoint import (
 )
 from rl_mlx.convert.chunks import THREADS
 from rl_mlx.convert.digest import digest
+from rl_mlx.convert.families import FAMILIES
 from rl_mlx.convert.fidelity import Choice, Fidelity, Loss, measure
 from rl_mlx.convert.folder import FolderWeights
 from rl_mlx.convert.gguf.reader import GGUFFile
@@ -148,6 +149,8 @@ class _Conversion:
         self._progress = progress or (lambda _done, _total: None)
         self._sources = [source(weights, name) for name in weights.names()]
         self._main = self._main_type()
+        family = FAMILIES.get(str(weights.config.get("model_type")))
+        self._plain = tuple(f".{module}.weight" for module in family.plain) if family else ()
         self._done = 0
         self._total = sum(part.nbytes for part in self._sources)
 
@@ -228,7 +231,9 @@ class _Conversion:
     def _rule(self, part: Source) -> Choice:
         """The containers for a tensor, by what was asked for."""
         options = self._options
-        wanted = options.recipe and options.recipe.holding(part.name, part.shape, options.scales)
+        wanted = None
+        if options.recipe is not None and not part.name.endswith(self._plain):
+            wanted = options.recipe.holding(part.name, part.shape, options.scales)
         if wanted and (not part.packed or wanted.nbytes(part.weights) < part.nbytes):
             return rules.requantized(part, wanted)
         if part.packed:

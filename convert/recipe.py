@@ -29,7 +29,7 @@ _ROLES: Mapping[str, re.Pattern[str]] = MappingProxyType(
         "down": re.compile(r".*(\.down_proj|feed_forward\.w2|\.fc2|mlp\.c_proj)"),
         "embed": re.compile(r".*(embed_tokens|\.wte|\.wpe)"),
         "head": re.compile(r"lm_head"),
-        "router": re.compile(r".*(mlp\.gate|mlp\.router|block_sparse_moe\.gate)"),
+        "router": re.compile(r".*(mlp\.gate|mlp\.router|block_sparse_moe\.(gate|router\.layer))"),
     }
 )
 ROLES = tuple(_ROLES)

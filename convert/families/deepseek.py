@@ -27,6 +27,7 @@ from rl_mlx.errors import UnsupportedModel
 
 CORRECTION = "mlp.gate.e_score_correction_bias"
 _SOFTMAX, _SIGMOID = 1, 2  # of expert_gating_func
+_METHODS = ("greedy", "group_limited_greedy")
 
 
 def sparse(config: Config, hidden: int, *, corrected: bool) -> Shapes:
@@ -148,7 +149,8 @@ def _read(keys: Keys) -> dict[str, Any]:
         "first_k_dense_replace": keys.file.int(f"{keys.arch}.leading_dense_block_count", 0),
         "routed_scaling_factor": keys.number("expert_weights_scale", 1.0) or 1.0,
         "norm_topk_prob": keys.file.bool(f"{keys.arch}.expert_weights_norm", False),
-        "topk_method": "group_limited_greedy" if groups > 1 else "greedy",
+        "topk_method": "noaux_tc" if sigmoid else _METHODS[groups > 1],
+        "scoring_func": "sigmoid" if sigmoid else "softmax",
         "n_group": groups,
         "topk_group": keys.file.int(f"{keys.arch}.expert_group_used_count", 1),
         "q_lora_rank": keys.file.int(f"{keys.arch}.attention.q_lora_rank", 0) or None,
@@ -240,6 +242,7 @@ def _family(class_name: str, **defaults: Any) -> Family:
         write=_write,
         sanitize=sanitize,
         older=_older,
+        plain=("mlp.gate",),
         defaults=MappingProxyType(defaults),
     )
 

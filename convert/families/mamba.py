@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -163,6 +164,8 @@ def _read_mamba2(keys: Keys) -> dict[str, Any]:
         "state_size": keys.count("ssm.state_size"),
         "conv_kernel": keys.count("ssm.conv_kernel"),
         "expand": inner // keys.hidden,
+        "time_step_rank": -(-keys.hidden // 16),
+        "time_step_limit": [0.0, math.inf],
         "use_bias": False,
         "use_conv_bias": True,
     }

@@ -234,6 +234,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
         read=_read_glm,
         write=_write_glm,
         sanitize=_glm_arrays,
+        plain=("mlp.gate",),
         defaults=MappingProxyType({"rms_norm_eps": 1e-5}),
     ),
     "ernie4_5_moe": Family(

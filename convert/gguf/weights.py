@@ -12,6 +12,7 @@ import numpy.typing as npt
 from rl_mlx.convert import layout
 from rl_mlx.convert.families import FAMILIES
 from rl_mlx.convert.gguf.blocks import block
+from rl_mlx.convert.gguf.changes import moved
 from rl_mlx.convert.gguf.config import gguf_config
 from rl_mlx.convert.gguf.mapping import change, moved_columns
 from rl_mlx.convert.gguf.names import gguf_names
@@ -113,16 +114,20 @@ class GGUFWeights(Weights):
     def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """Rows of a matrix as they lie in the file, uint8 ``[stop - start, row_bytes]``.
 
-        Their order is the canonical one; all axes but the last count as one.
+        Their order, and that of their columns, is the canonical one; all axes but the last count as
+        one. Not for what ``is_decoded``.
         """
         raw = self._file.raw(self._sources[name])
         raw = raw.reshape(-1, raw.shape[-1])
         done = self._changes.get(name)
         if done is not None and done.rows is not None:
             stop = min(stop, len(raw) // done.unit * len(done.rows))  # a kernel's rows are fewer
-            taken: npt.NDArray[np.uint8] = raw[done.places(start, stop)]
-            return taken
-        return raw[start:stop]
+            raw = raw[done.places(start, stop)]
+        else:
+            raw = raw[start:stop]
+        if done is not None and done.columns is not None:
+            raw = moved(raw, done.columns)
+        return raw
 
     def release(self) -> None:
         """See ``Weights``."""
@@ -131,6 +136,16 @@ class GGUFWeights(Weights):
     def close(self) -> None:
         """See ``Weights``."""
         self._file.close()
+
+    def is_decoded(self, name: str) -> bool:
+        """Whether no row of the file is a row of the tensor: numbers are others there, or columns
+        are moved that share a block.
+        """
+        done = self._changes.get(name)
+        if done is None or done.columns is None:
+            return done is not None and done.value is not None
+        info = self._file.tensors[self._sources[name]]
+        return info.shape[-1] // len(done.columns) % info.type.block_size != 0
 
     def _is_decoded(self, name: str) -> bool:
         """Whether the numbers themselves are others than those in the file."""
