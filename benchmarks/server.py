@@ -80,6 +80,7 @@ async def _ask(url: str, body: dict[str, Any], begun: float) -> tuple[int, list[
     async for line in reader:
         if not line.startswith(b"data: {"):
             continue
+        line = line.replace(b'": ', b'":')  # as some write their JSON
         if b'"content":"' in line and b'"content":""' not in line:
             times.append(time.perf_counter() - begun)
         elif b'"completion_tokens"' in line:

@@ -51,8 +51,9 @@ def _ask(url: str, api_key: str | None) -> list[dict[str, Any]]:
         with urllib.request.urlopen(request, timeout=10) as response:
             found: list[dict[str, Any]] = json.load(response)["models"]
     except urllib.error.HTTPError as error:
+        hint = "; give --api-key" if error.code == 401 else ""
         words = error.read().decode("utf-8", "replace").strip()
-        raise BackendUnavailable(f"{url} refused ({error.code}): {words[:200]}") from error
+        raise BackendUnavailable(f"{url} refused ({error.code}): {words[:200]}{hint}") from error
     except (OSError, ValueError, KeyError) as error:
         reason = getattr(error, "reason", error)
         raise BackendUnavailable(

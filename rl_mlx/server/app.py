@@ -10,11 +10,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from rl_mlx.llm import AsyncLLM
-from rl_mlx.server import anthropic, library, ollama, openai, openai_chat, responses
+from rl_mlx.server import anthropic, library, ollama, openai, openai_chat, page, responses
 from rl_mlx.server.endpoint import Endpoint
 from rl_mlx.server.guard import Guard
 from rl_mlx.server.metrics import Metrics
@@ -86,7 +86,7 @@ def build(
 def routes() -> list[Route]:
     """All paths."""
     return [
-        Route("/", _hello, methods=["GET"]),
+        *page.routes(),
         Route("/health", _health, methods=["GET"]),
         Route("/ready", _ready, methods=["GET"]),
         Route("/metrics", _metrics, methods=["GET"]),
@@ -120,10 +120,6 @@ def _post(
 
 def _get(path: str, handler: Any) -> Route:
     return Route(path, Endpoint(path, handler), methods=["GET"])
-
-
-async def _hello(request: Request) -> Response:  # noqa: ARG001 - Starlette's
-    return PlainTextResponse("rl-mlx is running\n")
 
 
 async def _health(request: Request) -> Response:  # noqa: ARG001 - Starlette's

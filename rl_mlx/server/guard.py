@@ -11,13 +11,14 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rl_mlx.errors import RlMlxError
+from rl_mlx.server import page
 from rl_mlx.server.keys import is_key
 from rl_mlx.server.logs import LOGGER
 from rl_mlx.server.problems import Forbidden, Unauthorized, dialect_of, encode, problem_of
 from rl_mlx.server.settings import ServerSettings
 
-OPEN = ("/health", "/ready")
-"""Paths that need no key: what a supervisor asks."""
+OPEN = ("/health", "/ready", *page.PATHS)
+"""Paths that need no key: what a supervisor asks, and the page, which asks for one."""
 _logger = logging.getLogger(LOGGER)
 _ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 

@@ -15,7 +15,12 @@ from rl_mlx.server.problems import ANTHROPIC, OLLAMA, OPENAI, Dialect, dialect_o
 
 JSON = "application/json"
 _PARTS = "#/components/schemas/"
-_PLAIN = {"/": "text/plain", "/metrics": "text/plain"}
+_PLAIN = {
+    "/": ("text/plain", "text/html"),
+    "/page.css": ("text/css",),
+    "/page.js": ("text/javascript",),
+    "/metrics": ("text/plain",),
+}
 _SECURITY = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -83,7 +88,7 @@ def _answers(route: Route, body: type[BaseModel] | None, dialect: Dialect) -> di
     text: dict[str, Any] = {"schema": {"type": "string"}}
     done: dict[str, Any] = {JSON: {"schema": {"type": "object"}}}
     if route.path in _PLAIN:
-        done = {_PLAIN[route.path]: text}
+        done = dict.fromkeys(_PLAIN[route.path], text)
     elif body is not None and "stream" in body.model_fields:
         done[dialect.media.partition(";")[0]] = text
     answers = {

@@ -57,6 +57,23 @@ def test_health_ready_and_hello(client: httpx.Client) -> None:
     assert client.head("/").status_code == 200
 
 
+def test_the_page(client: httpx.Client) -> None:
+    """Browsers get a page that loads nothing from elsewhere and runs nothing of an answer's."""
+    reply = client.get("/", headers={"accept": "text/html,*/*;q=0.8"})
+    assert reply.headers["content-type"].startswith("text/html")
+    policy = reply.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    for name in ("page.css", "page.js"):
+        assert f'"{name}"' in reply.text
+        part = client.get(f"/{name}")
+        assert part.status_code == 200
+        assert part.headers["x-content-type-options"] == "nosniff"
+        assert "http" not in part.text.replace("http-equiv", "")
+    assert "innerHTML" not in client.get("/page.js").text
+    assert client.get("/", headers={"accept": "*/*"}).text == "rl-mlx is running\n"
+
+
 @pytest.mark.parametrize(
     ("path", "at"),
     [("/v1/nothing", ("error", "message")), ("/api/nothing", ("error",)),
@@ -193,7 +210,8 @@ def test_keys(start_fake: Any, tmp_path: Path) -> None:
     with httpx.Client(base_url=keyed.url) as client:
         for path in ("/v1/models", "/metrics", "/api/tags", "/v1/messages"):
             assert client.get(path).status_code == 401, path
-        assert client.get("/health").status_code == client.get("/ready").status_code == 200
+        for path in ("/health", "/ready", "/", "/page.js"):
+            assert client.get(path).status_code == 200, path
         for headers in (
             {"authorization": "Bearer first-key-of-16-or-more"},
             {"x-api-key": "second-key-of-16-or-more"},
