@@ -31,7 +31,7 @@ def narrow(values: npt.NDArray[np.float32], dtype: FloatType) -> npt.NDArray[Any
     if dtype == "float32":
         return values.astype(np.float32, copy=False)
     if dtype == "float16":
-        return _halves(np.ascontiguousarray(values))
+        return _halves(np.ascontiguousarray(values).reshape(-1)).reshape(values.shape)
     wide = values.view(np.uint32)
     upper = wide >> np.uint32(16)
     rounded = wide + ((upper & np.uint32(1)) + np.uint32(0x7FFF))
@@ -41,7 +41,7 @@ def narrow(values: npt.NDArray[np.float32], dtype: FloatType) -> npt.NDArray[Any
 
 
 def _halves(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
-    """The same as ``astype``, which takes twice as long, and for subnormals twenty times."""
+    """What ``astype`` makes of ``[n]`` in twice the time, and where it is subnormal in 20 times."""
     wide = values.view(np.uint32)
     size = wide & np.uint32(0x7FFFFFFF)
     if size.max(initial=0) >= _HALF_INFINITE:
@@ -54,8 +54,7 @@ def _halves(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
     halves = bits.astype(np.uint16)
     small = np.flatnonzero(size < _HALF_NORMAL)
     if len(small):
-        steps = np.abs(values.reshape(-1)[small]) * np.float32(1 << 24)
-        halves.reshape(-1)[small] = np.rint(steps).astype(np.uint16)
+        halves[small] = np.rint(np.abs(values[small]) * np.float32(1 << 24)).astype(np.uint16)
     sign = wide >> np.uint32(16)
     sign &= np.uint32(0x8000)
     halves |= sign.astype(np.uint16)

@@ -37,6 +37,13 @@ def test_halves_are_numpys(numbers: list[float]) -> None:
     assert np.array_equal(got.view(np.uint16), expected.view(np.uint16))
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (2, 3)])
+def test_halves_of_any_shape_and_order(shape: tuple[int, ...]) -> None:
+    values = np.full(shape, 1e-5, np.float32)
+    for given_ in (values, values.T, np.repeat(values[..., None], 2, axis=-1)[..., 0]):
+        assert np.array_equal(narrow(given_, "float16"), given_.astype(np.float16))
+
+
 def test_halves_halfway_and_beside_every_half() -> None:
     halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
     middle = (halves[:-1] + halves[1:]) / 2
