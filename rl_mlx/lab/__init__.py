@@ -7,6 +7,7 @@ where they are used.
 
 from __future__ import annotations
 
+from rl_mlx.lab.calibrated import calibrate
 from rl_mlx.lab.compare import Candidate, Comparison, compare
 from rl_mlx.lab.divergence import Divergence, divergence
 from rl_mlx.lab.measurement import Measurement
@@ -31,6 +32,7 @@ __all__ = [
     "TensorErrors",
     "Text",
     "allocate",
+    "calibrate",
     "compare",
     "demo_text",
     "divergence",

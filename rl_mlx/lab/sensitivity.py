@@ -92,7 +92,10 @@ class Sensitivity(Measurement):
         grid = np.full((len(rows), len(roles)), np.nan)
         for c in costs:
             grid[rows.index(c.layer), roles.index(c.role)] = max(c.kl, 1e-12)
-        shown = ax.imshow(np.log10(grid), cmap="Greys", aspect="auto")
+        logs = np.log10(grid)
+        low, high = np.nanmin(logs), np.nanmax(logs)
+        # White is for where there is nothing.
+        shown = ax.imshow(logs, cmap="Greys", aspect="auto", vmin=low - (high - low) / 4)
         ax.grid(visible=False)
         ax.set_xticks(range(len(roles)), roles, rotation=30, ha="right")
         ax.set_yticks(range(len(rows)), ["outside" if r is None else str(r) for r in rows])
