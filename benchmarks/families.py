@@ -1,6 +1,6 @@
 """Measure every family of the tests and write the table of ``docs/families.md``.
 
-``python benchmarks/families.py`` runs ``tests/families`` and keeps the errors that it records. It
+``python benchmarks/families.py`` runs ``tests/families/test_families.py`` and keeps the errors that it records. It
 needs the ``parity`` and ``dev`` extras. With names of families, those alone are run and shown.
 """
 
@@ -15,7 +15,8 @@ import pytest
 from rl_mlx.model.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
-REGISTRY = ROOT / "tests" / "families" / "registry"
+TESTS = ROOT / "tests" / "families" / "test_families.py"
+REGISTRY = TESTS.parent / "registry"
 PAGE = ROOT / "docs" / "families.md"
 START, END = "<!-- table -->\n", "<!-- end of table -->"
 COLUMNS = ("safetensors", "gguf", "llama.cpp")
@@ -56,7 +57,7 @@ def main(names: list[str]) -> int:
     """Run the tests, then print the table, and write it where it is of all families."""
     measured = Measured()
     chosen = ["-k", " or ".join(f"[{name}]" for name in names)] if names else []
-    pytest.main(["-q", "-p", "no:cacheprovider", str(ROOT / "tests/families"), *chosen], [measured])
+    pytest.main(["-q", "-p", "no:cacheprovider", str(TESTS), *chosen], [measured])
     made = table(measured.rows)
     if names or measured.failed:
         print(made)

@@ -19,7 +19,7 @@ from rl_mlx.convert.families.words import (
 from rl_mlx.convert.family import Family
 from rl_mlx.convert.gguf.changes import interleaved, norms_from_one
 from rl_mlx.convert.gguf.keys import Keys
-from rl_mlx.convert.shapes import Config, Shapes, Sizes, attention, linear, mlp, pre_norms
+from rl_mlx.convert.shapes import Config, Shapes, Sizes, attention, linear, mlp, pre_norms, size
 from rl_mlx.errors import UnsupportedModel
 
 _NAMES = MappingProxyType({**PRE_NORMS, **ATTENTION, **DENSE})
@@ -50,7 +50,7 @@ def _read_granite(keys: Keys) -> dict[str, Any]:
         "attention_multiplier": keys.number("attention.scale", keys.head_dim**-0.5),
         "embedding_multiplier": keys.number("embedding_scale", 1.0),
         "residual_multiplier": keys.number("residual_scale", 1.0),
-        "logits_scaling": keys.number("logit_scale"),
+        "logits_scaling": keys.divisor("logit_scale"),
     }
 
 
@@ -85,12 +85,12 @@ def _write_smollm3(config: Config) -> Fields:
 def _read_minicpm(keys: Keys) -> dict[str, Any]:
     """The defaults are those of the first files, which say nothing."""
     root = math.sqrt(keys.layers)
-    logits = keys.number("logit_scale", keys.hidden / 256)
+    logits = keys.divisor("logit_scale", keys.hidden / 256)
     return {
         **read_dense(keys),
         "scale_emb": keys.number("embedding_scale", 12.0),
         "scale_depth": keys.number("residual_scale", 1.4 / root) * root,
-        "dim_model_base": round(keys.hidden / logits) if logits > 0 else 0,
+        "dim_model_base": max(1, round(keys.hidden / logits)),
     }
 
 
@@ -98,7 +98,7 @@ def _write_minicpm(config: Config) -> Fields:
     return {
         "embedding_scale": float(config["scale_emb"]),
         "residual_scale": config["scale_depth"] / math.sqrt(config["num_hidden_layers"]),
-        "logit_scale": config["hidden_size"] / config["dim_model_base"],
+        "logit_scale": config["hidden_size"] / size(config, "dim_model_base"),
     }
 
 

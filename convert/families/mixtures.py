@@ -181,7 +181,7 @@ def read_multipliers(keys: Keys) -> dict[str, Any]:
         "embedding_multiplier": keys.number("embedding_scale", 1.0),
         "residual_multiplier": keys.number("residual_scale", 1.0),
         "attention_multiplier": keys.number("attention.scale", keys.head_dim**-0.5),
-        "logits_scaling": keys.number("logit_scale", 1.0),
+        "logits_scaling": keys.divisor("logit_scale", 1.0),
     }
 
 

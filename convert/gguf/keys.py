@@ -42,6 +42,13 @@ class Keys:
             raise FormatError(f"{self.path}: {self.arch}.{key} cannot be {value}")
         return value
 
+    def divisor(self, key: str, default: float | None = None) -> float:
+        """A finite number above zero."""
+        value = self.number(key, default)
+        if value <= 0:
+            raise FormatError(f"{self.path}: {self.arch}.{key} cannot be {value}")
+        return value
+
     def per_layer(self, key: str, default: int | None = None) -> list[int]:
         """A number a layer, from an array or from one number for all."""
         value = self.file.get(f"{self.arch}.{key}")

@@ -111,6 +111,7 @@ class Decoder:
             x = x * mx.array(self.plan.embed_scale, self.dtype)
         if self._positions is not None:
             at = mx.array(step.offset).reshape(-1, 1) + mx.arange(tokens.shape[1])
+            at = mx.minimum(at, self._positions.out - 1)  # a row's padding may lie behind the last
             x = x + self._positions.rows(at).astype(self.dtype)
         return x
 

@@ -76,6 +76,8 @@ def load_decoder(
         plan = FAMILIES[family](weights.config, context)
     except KeyError as missing:
         raise FormatError(f"{weights.path}: the configuration lacks {missing}") from missing
+    except ZeroDivisionError as error:
+        raise FormatError(f"{weights.path}: a divisor of the configuration is 0") from error
     return _Builder(weights, plan, dtype, exact).decoder()
 
 

@@ -1,4 +1,6 @@
-"""Recurrent families through the whole engine: the same tokens whatever else goes on."""
+"""Unusual families through the whole engine, recurrent ones above all: the same tokens whatever
+else goes on.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ def draft(make_folder: Callable[..., Path], named: Callable[[str], Any], tmp_pat
     return make_folder(named("llama")).rename(tmp_path / "draft")
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_text", "falcon_h1"])
+@pytest.mark.parametrize("name", ["qwen3_5_text", "falcon_h1", "gpt2", "cohere2"])
 def test_alone_in_a_batch_after_a_hit_and_with_a_random_draft(
     name: str, draft: Path, make_folder: Callable[..., Path], named: Callable[[str], Any]
 ) -> None:
