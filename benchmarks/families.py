@@ -1,7 +1,8 @@
 """Measure every family of the tests and write the table of ``docs/families.md``.
 
-``python benchmarks/families.py`` runs ``tests/families/test_families.py`` and keeps the errors that it records. It
-needs the ``parity`` and ``dev`` extras. With names of families, those alone are run and shown.
+``python benchmarks/families.py`` runs ``tests/families/test_families.py`` and keeps the errors that
+it records. It needs the ``parity`` and ``dev`` extras. With names of families, those alone are run
+and shown.
 """
 
 from __future__ import annotations
