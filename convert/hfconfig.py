@@ -32,7 +32,11 @@ def bilingual(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _WITH_TEXT: Mapping[str, str] = MappingProxyType(
-    {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
+    {
+        "qwen3_5": "qwen3_5_text",
+        "qwen3_5_moe": "qwen3_5_moe_text",
+        "llama4": "llama4_text",
+    }
 )
 """Models that see or hear, and the family of the decoder in them."""
 

@@ -9,6 +9,7 @@ from rl_mlx.convert.families import (
     deepseek,
     gpt2,
     layer_norms,
+    llama4,
     llama_like,
     mamba,
     mixtures,
@@ -20,6 +21,7 @@ from rl_mlx.convert.family import Family
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({
     **llama_like.FAMILIES,
+    **llama4.FAMILIES,
     **layer_norms.FAMILIES,
     **post_norms.FAMILIES,
     **gpt2.FAMILIES,

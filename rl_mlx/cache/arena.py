@@ -244,7 +244,7 @@ class ArenaStep:
         self._offsets = offsets
         self._count = count
         self._even = all(o == offsets[0] for o in offsets)
-        self._masks: dict[tuple[int | None, int], Mask] = {}
+        self._masks: dict[tuple[int | None, int, bool], Mask] = {}
         self.offset: Offset = offsets[0] if self._even else mx.array(list(offsets), mx.int32)
 
     def attend(
@@ -275,7 +275,7 @@ class ArenaStep:
     def mask(self, layer: int, window: int | None = None) -> Mask:
         """See ``Step.mask``."""
         kept = self._kv(layer)
-        key = kept.spec.window or window, kept.capacity
+        key = kept.spec.window or window, kept.capacity, kept.spec.chunked
         if key not in self._masks:
             self._masks[key] = self._mask(*key)
         return self._masks[key]
@@ -305,7 +305,7 @@ class ArenaStep:
     def _end(self) -> int:
         return max(self._offsets) + self._count
 
-    def _mask(self, window: int | None, capacity: int) -> Mask:
+    def _mask(self, window: int | None, capacity: int, chunked: bool) -> Mask:
         """What each new token may look at; None or ``causal`` where that says it all."""
         if self._even and (window is None or self._end <= window):
             return None if self._count == 1 else "causal"
@@ -316,5 +316,6 @@ class ArenaStep:
         queries = (last + mx.arange(1 - self._count, 1)[None])[:, :, None]
         visible = (held[:, None] <= queries) & (held[:, None] >= 0)
         if window is not None:
-            visible = visible & (held[:, None] > queries - window)
+            first = queries // window * window if chunked else queries - window + 1
+            visible = visible & (held[:, None] >= first)
         return visible[:, None]

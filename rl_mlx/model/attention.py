@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from rl_mlx.model.layers import FusedLinear, Linear, Norm, SplitLinear
 from rl_mlx.model.plan import AttentionPlan
-from rl_mlx.model.rope import Rope
+from rl_mlx.model.rope import Offset, Rope
 from rl_mlx.model.step import Mask, Step
 
 
@@ -45,17 +45,27 @@ class Attention:
             q, k = self._norms[0](q), self._norms[1](k)
         q = q.reshape(rows, length, p.heads, p.head_dim)
         k = k.reshape(rows, length, p.kv_heads, p.head_dim)
-        if self._norms is not None and p.qk_norm_of != "width":
+        if self._norms is not None and p.qk_norm_of in {"head", "own"}:
             q, k = self._norms[0](q), self._norms[1](k)
         q, k = q.transpose(0, 2, 1, 3), k.transpose(0, 2, 1, 3)
         v = v.reshape(rows, length, p.kv_heads, p.head_dim).transpose(0, 2, 1, 3)
         if self._rope is not None:
             q, k = self._rope(q, step.offset), self._rope(k, step.offset)
+        if self._norms is not None and p.qk_norm_of == "rotated":
+            q, k = self._norms[0](q), self._norms[1](k)
+        if p.temperature is not None:
+            q = q * _temperature(step.offset, length, *p.temperature).astype(q.dtype)
         y = step.attend(self._layer, q, k, v, scale=p.scale, softcap=p.softcap, sinks=self._sinks)
         y = y.transpose(0, 2, 1, 3)
         if gate is not None:
             y = y * mx.sigmoid(gate)
         return self._out(y.reshape(rows, length, -1))
+
+
+def _temperature(offset: Offset, length: int, span: float, rate: float) -> mx.array:
+    """By what queries grow with their positions, ``[B or 1, 1, S, 1]`` (Nakanishi 2025)."""
+    at = mx.array(offset).reshape(-1, 1) + mx.arange(1, length + 1)
+    return (mx.log1p(mx.floor(at / span)) * rate + 1)[:, None, :, None]
 
 
 def attend(

@@ -174,9 +174,9 @@ class SplitLinear:
 
 
 class RMSNorm:
-    """Root mean square norm (Zhang and Sennrich 2019) over the last axis."""
+    """Root mean square norm (Zhang and Sennrich 2019) over the last axis, by weights or by none."""
 
-    def __init__(self, weight: mx.array, eps: float) -> None:
+    def __init__(self, weight: mx.array | None, eps: float) -> None:
         self._weight = weight
         self._eps = eps
 

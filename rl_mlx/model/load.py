@@ -185,8 +185,11 @@ class _Builder:
         if plan.rope is not None:
             has_factors = "rope_freqs.weight" in self._present
             rope = Rope(plan.rope, self._array("rope_freqs.weight") if has_factors else None)
-        norms = None
-        if plan.qk_norm:
+        norms: tuple[Norm, Norm] | None = None
+        if plan.qk_norm and plan.qk_norm_of == "rotated":
+            unit = RMSNorm(None, self._plan.norm_eps)
+            norms = unit, unit
+        elif plan.qk_norm:
             norms = (
                 self._norm(at + names.q_norm, has_bias=False),
                 self._norm(at + names.k_norm, has_bias=False),

@@ -29,11 +29,13 @@ class RopePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPlan:
-    """Grouped-query attention of one layer. ``window`` counts the token itself too.
+    """Grouped-query attention of one layer. ``window`` counts the token itself too; where it is
+    ``chunked``, the text is cut into pieces of that length, and nothing is seen of earlier ones.
 
     ``qk_norm``: queries and keys are normed before rope, each head by the same weights, each by
-    ``own`` ones, or all heads as one vector (``width``). ``gated``: each head's query comes with a
-    gate for what the head gives, as much as its sigmoid.
+    ``own`` ones, or all heads as one vector (``width``); or after rope and by none (``rotated``).
+    ``gated``: each head's query comes with a gate for what the head gives, as much as its sigmoid.
+    ``temperature``: ``(span, rate)`` makes queries grow, by ``rate * log`` of the spans so far.
     """
 
     heads: int
@@ -44,12 +46,14 @@ class AttentionPlan:
     window: int | None = None
     softcap: float | None = None
     qk_norm: bool = False
-    qk_norm_of: Literal["head", "own", "width"] = "head"
+    qk_norm_of: Literal["head", "own", "width", "rotated"] = "head"
     sinks: bool = False
     bias: bool = False
     out_bias: bool = False
     fused_qkv: bool = False
     gated: bool = False
+    chunked: bool = False
+    temperature: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,13 +260,14 @@ class DecoderPlan:
 @dataclass(frozen=True)
 class KVSpec:
     """What a layer keeps for each token: keys and values of ``heads`` x ``dim``, the last
-    ``window`` or all.
+    ``window`` or all. ``chunked``: a token sees its own piece of so many alone.
     """
 
     heads: int
     key_dim: int
     value_dim: int
     window: int | None = None
+    chunked: bool = False
 
 
 @dataclass(frozen=True)
@@ -297,7 +302,7 @@ def _parts(mixer: MixerPlan) -> tuple[MixerPlan, ...]:
 
 def _spec(mixer: MixerPlan, hidden: int) -> CacheSpec:
     if isinstance(mixer, AttentionPlan):
-        return KVSpec(mixer.kv_heads, mixer.head_dim, mixer.head_dim, mixer.window)
+        return KVSpec(mixer.kv_heads, mixer.head_dim, mixer.head_dim, mixer.window, mixer.chunked)
     if isinstance(mixer, LatentPlan):
         return KVSpec(1, mixer.latent + mixer.rope.dims, mixer.latent)
     if isinstance(mixer, DeltaPlan):
