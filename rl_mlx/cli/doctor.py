@@ -22,8 +22,8 @@ from rl_mlx.settings import load_settings
 
 NAME = "doctor"
 _PACKAGES = (
-    "mlx", "mlx-lm", "xllamacpp", "numpy", "tokenizers", "safetensors", "huggingface-hub",
-    "llguidance", "rich", "prompt-toolkit", "typer",
+    "mlx", "mlx-lm", "xllamacpp", "llama-cpp-python", "numpy", "tokenizers", "safetensors",
+    "huggingface-hub", "llguidance", "rich", "prompt-toolkit", "typer",
 )  # fmt: skip
 # In a process of its own: a wheel that is built for another CPU kills whoever imports it.
 _PROBE = (
@@ -169,7 +169,11 @@ def _print(found: dict[str, Any]) -> None:
     print("\nbackends")
     for backend in found["backends"]:
         on = ", ".join(f"{d['acceleration']} ({d['description']})" for d in backend["devices"])
-        state = f"works on {on}" if backend["available"] else f"does not work: {backend['reason']}"
+        state = (
+            f"{backend['version']}, works on {on}"
+            if backend["available"]
+            else f"does not work: {backend['reason']}"
+        )
         print(f"  {backend['name']:<12} {state}")
     print(f"  {'taken':<12} {hardware['choice']}")
     for line in hardware["advice"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -397,12 +398,12 @@ def test_numa_is_told_to_llamacpp(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_workers_are_made_devices_where_the_build_has_rpc() -> None:
     """A library that was built with RPC, as far as that goes; the wheels are not."""
-    asked: list[bytes] = []
+    asked: list[str] = []
 
     @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)
     def add_server(endpoint: bytes) -> int:
-        asked.append(endpoint)
-        return 0 if endpoint == b"nobody:1" else 7
+        asked.append(endpoint.decode())
+        return 7 if len(asked) < 2 else 0
 
     registered: list[int] = []
     api = SimpleNamespace(
@@ -412,12 +413,18 @@ def test_workers_are_made_devices_where_the_build_has_rpc() -> None:
         ),
         ggml_backend_register=registered.append,
     )
-    library: Any = SimpleNamespace(api=api, errors=lambda: "refused")
-    prepare(library, LlamaCppOptions(rpc="one:50052,two:50052"))  # type: ignore[arg-type]
-    assert asked == [b"one:50052", b"two:50052"]
-    assert registered == [7, 7]
-    with pytest.raises(BackendUnavailable, match="nobody:1: refused"):
-        prepare(library, LlamaCppOptions(rpc=("nobody:1",)))
+    library: Any = SimpleNamespace(api=api, errors=lambda: "no devices")
+    with socket.create_server(("127.0.0.1", 0)) as worker:
+        here = f"127.0.0.1:{worker.getsockname()[1]}"
+        prepare(library, LlamaCppOptions(rpc=(here,)))
+        assert (asked, registered) == ([here], [7])
+        with pytest.raises(BackendUnavailable, match="no devices"):
+            prepare(library, LlamaCppOptions(rpc=(here,)))
+    with pytest.raises(BackendUnavailable, match=f"no RPC worker answers at {here}"):
+        prepare(library, LlamaCppOptions(rpc=(here,)))
+    assert len(asked) == 2  # llama.cpp was not asked where nobody listens: it would abort
+    with pytest.raises(InvalidRequest, match="host:port"):
+        prepare(library, LlamaCppOptions(rpc=("nobody",)))
 
 
 def test_a_full_gpu_means_fewer_layers_and_a_note(

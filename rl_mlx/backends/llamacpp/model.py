@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,14 @@ from rl_mlx.errors import (
     BackendUnavailable,
     EngineError,
     FormatError,
+    InvalidRequest,
     ModelNotFound,
     OutOfMemory,
     UnsupportedModel,
 )
 
 ALL_LAYERS = 9999
+_RPC_TIMEOUT = 10.0  # seconds
 _NO_CELLS = 1  # llama_decode: no room for the batch in the cache
 
 
@@ -298,10 +301,17 @@ def _add_worker(library: Library, endpoint: str) -> None:
             "this build of llama.cpp has no RPC, which rpc= needs; compile one that has: "
             f"CMAKE_ARGS=-DGGML_RPC=on {INSTALL_NATIVE}"
         )
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isdigit():
+        raise InvalidRequest(f"rpc takes host:port of workers, not {endpoint!r}")
+    try:  # llama.cpp ends the process where nobody listens
+        socket.create_connection((host, int(port)), _RPC_TIMEOUT).close()
+    except OSError as error:
+        raise BackendUnavailable(f"no RPC worker answers at {endpoint}: {error}") from error
     connect = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(address)
     worker = connect(endpoint.encode())
     if not worker:
-        raise BackendUnavailable(f"no RPC worker answers at {endpoint}: {library.errors()}")
+        raise BackendUnavailable(f"the RPC worker at {endpoint} has nothing: {library.errors()}")
     library.api.ggml_backend_register(worker)
 
 
