@@ -16,6 +16,7 @@ from rl_mlx.convert.families import (
     post_norms,
     qwen_moe,
     qwen_next,
+    selective,
 )
 from rl_mlx.convert.family import Family
 
@@ -30,5 +31,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
     **deepseek.FAMILIES,
     **mixtures.FAMILIES,
     **mamba.FAMILIES,
+    **selective.FAMILIES,
 })  # fmt: skip
 """By ``model_type``."""

@@ -136,7 +136,8 @@ def _mamba2(config: Config, layer: int) -> Shapes:  # noqa: ARG001
     return norms(size(config, "hidden_size"), "norm") | _mixer(config, "mixer", norm=True)
 
 
-def _outer_mamba2(config: Config) -> Shapes:
+def bare_outer(config: Config) -> Shapes:
+    """What lies outside the layers, under the names of Mamba."""
     renamed = {"model.embed_tokens": "backbone.embeddings", "model.norm": "backbone.norm_f"}
     return {
         f"{renamed.get(name.removesuffix('.weight'), name.removesuffix('.weight'))}.weight": shape
@@ -144,7 +145,8 @@ def _outer_mamba2(config: Config) -> Shapes:
     }
 
 
-def _bare(config: Config, arrays: Arrays) -> Arrays:
+def bare_arrays(config: Config, arrays: Arrays) -> Arrays:
+    """Without a prefix, kernels as MLX has them."""
     named = {name.removeprefix("model."): array for name, array in arrays.items()}
     return _kernels(config, named)
 
@@ -372,12 +374,12 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
         architecture="mamba2",
         class_name="Mamba2ForCausalLM",
         block=_mamba2,
-        outer=_outer_mamba2,
+        outer=bare_outer,
         layers="backbone.layers",
         names={"norm": "attn_norm", **_names("mixer")},
         read=_read_mamba2,
         write=_write_mamba2,
-        sanitize=_bare,
+        sanitize=bare_arrays,
         change=_change,
         epsilon=("layer_norm_epsilon", "attention.layer_norm_rms_epsilon"),
         complete=_complete_mamba2,

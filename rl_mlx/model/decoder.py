@@ -9,6 +9,7 @@ import mlx.core as mx
 from rl_mlx.model.attention import Attention
 from rl_mlx.model.gated_delta import GatedDelta
 from rl_mlx.model.layers import Linear, Matrix, Norm
+from rl_mlx.model.mamba import Mamba
 from rl_mlx.model.mamba2 import Mamba2
 from rl_mlx.model.mla import LatentAttention
 from rl_mlx.model.mlp import MLP, MoE, PlainMLP
@@ -29,7 +30,7 @@ class Both:
         return self._attention(x, step) + self._mamba(x, step)
 
 
-Mixer = Attention | LatentAttention | ShortConv | GatedDelta | Mamba2 | Both
+Mixer = Attention | LatentAttention | ShortConv | GatedDelta | Mamba | Mamba2 | Both
 
 
 class Block:

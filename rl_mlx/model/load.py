@@ -27,6 +27,7 @@ from rl_mlx.model.layers import (
     SplitLinear,
     laid_out,
 )
+from rl_mlx.model.mamba import Mamba
 from rl_mlx.model.mamba2 import Mamba2
 from rl_mlx.model.mla import LatentAttention, Queries
 from rl_mlx.model.mlp import MLP, ExpertLinear, MoE, PlainMLP, Router, SharedExpert
@@ -41,6 +42,7 @@ from rl_mlx.model.plan import (
     MixerPlan,
     MLPPlan,
     MoEPlan,
+    SelectivePlan,
     first_slot,
 )
 from rl_mlx.model.rope import Rope
@@ -158,10 +160,20 @@ class _Builder:
             return self._delta(slot, f"{at}linear_attn.", plan)
         if isinstance(plan, MambaPlan):
             return self._mamba(slot, f"{at}{names.mamba}.", plan)
+        if isinstance(plan, SelectivePlan):
+            return self._selective(slot, f"{at}{names.mamba}.", plan)
         at = f"{at}{names.attention}."
         if isinstance(plan, LatentPlan):
             return self._latent_attention(slot, at, plan)
         return self._attention(slot, at, plan)
+
+    def _selective(self, index: int, at: str, plan: SelectivePlan) -> Mamba:
+        biases = {"in": plan.bias, "x": False, "dt": True, "out": plan.bias}
+        project, select, widen, out = (self._linear(f"{at}{n}_proj", b) for n, b in biases.items())
+        bias = self._small(f"{at}conv1d.bias") if plan.kernel_bias else None
+        kernel = self._array(f"{at}conv1d.weight").astype(self._dtype), bias
+        log_rate, skip = self._array(f"{at}A_log"), self._array(f"{at}D")
+        return Mamba(index, plan, (project, select, widen, out), kernel, log_rate, skip)
 
     def _mamba(self, index: int, at: str, plan: MambaPlan) -> Mamba2:
         bias = self._small(f"{at}conv1d.bias") if plan.kernel_bias else None

@@ -211,6 +211,21 @@ class MambaPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SelectivePlan:
+    """Mamba 1: a memory of ``state`` numbers for each of ``inner`` channels, behind a causal
+    convolution of ``taps``. ``inner_norm``: the epsilon of norms of what selects (Falcon Mamba).
+    """
+
+    inner: int
+    state: int
+    step_rank: int
+    taps: int
+    bias: bool = False
+    kernel_bias: bool = True
+    inner_norm: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class BothPlan:
     """Attention and a Mamba of one input, added (Falcon-H1)."""
 
@@ -218,7 +233,7 @@ class BothPlan:
     mamba: MambaPlan
 
 
-MixerPlan = AttentionPlan | LatentPlan | ConvPlan | DeltaPlan | MambaPlan | BothPlan
+MixerPlan = AttentionPlan | LatentPlan | ConvPlan | DeltaPlan | MambaPlan | SelectivePlan | BothPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,5 +325,7 @@ def _spec(mixer: MixerPlan, hidden: int) -> CacheSpec:
         return StateSpec(mixer.taps, mixer.channels, memory)
     if isinstance(mixer, MambaPlan):
         return StateSpec(mixer.taps, mixer.channels, (mixer.heads, mixer.state, mixer.head_dim))
+    if isinstance(mixer, SelectivePlan):
+        return StateSpec(mixer.taps, mixer.inner, (mixer.inner, mixer.state))
     assert isinstance(mixer, ConvPlan), "a mixer of two parts"
     return StateSpec(mixer.taps, hidden)

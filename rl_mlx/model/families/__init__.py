@@ -50,6 +50,8 @@ FAMILIES: Mapping[str, Planner] = MappingProxyType(
         "qwen3_next": qwen_next.plan,
         "qwen3_5_text": qwen_next.plan,
         "qwen3_5_moe_text": qwen_next.plan,
+        "mamba": mamba.plan_mamba,
+        "falcon_mamba": mamba.plan_mamba,
         "mamba2": mamba.plan_mamba2,
         "falcon_h1": mamba.plan_falcon_h1,
         "granitemoehybrid": mamba.plan_granite,

@@ -1,4 +1,4 @@
-"""Decoders with Mamba 2: by itself, between attention (Granite 4), beside it (Falcon-H1)."""
+"""Decoders with Mamba: by itself, between attention (Granite 4), beside it (Falcon-H1)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rl_mlx.model.plan import (
     MoEPlan,
     Names,
     RouterPlan,
+    SelectivePlan,
 )
 
 
@@ -31,6 +32,25 @@ def plan_mamba2(config: Config, context: int) -> DecoderPlan:
         kernel_bias=bool(config.get("use_conv_bias", True)),
         step_limit=_limit(config),
     )
+    return _nothing_else(config, context, mixer)
+
+
+def plan_mamba(config: Config, context: int) -> DecoderPlan:
+    """The first Mamba, and Falcon's, which norms what selects."""
+    normed = config["model_type"] == "falcon_mamba"
+    mixer = SelectivePlan(
+        inner=config["intermediate_size"],
+        state=config["state_size"],
+        step_rank=config["time_step_rank"],
+        taps=config["conv_kernel"],
+        bias=bool(config.get("use_bias", False)),
+        kernel_bias=bool(config.get("use_conv_bias", True)),
+        inner_norm=float(config.get("mixer_rms_eps", 1e-6)) if normed else None,
+    )
+    return _nothing_else(config, context, mixer)
+
+
+def _nothing_else(config: Config, context: int, mixer: MambaPlan | SelectivePlan) -> DecoderPlan:
     names = Names(
         root="backbone",
         mamba="mixer",
