@@ -19,7 +19,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 from _paired import in_turns, load_mlx_lm, median, parser, ratios, run_parts
@@ -27,6 +29,7 @@ from decode import one_stream
 
 from rl_mlx.backends.mlx import MLXBackend
 from rl_mlx.cache.arena import GROWTH
+from rl_mlx.engine import loop
 from rl_mlx.settings import ModelSettings
 from rl_mlx.store import ModelFiles
 from rl_mlx.types import Event, Failed, Finished, Request, SamplingParams, Timings, Token
@@ -362,10 +365,13 @@ def random_model(folder: Path, *, hidden: int = 768, inner: int = 3072, layers: 
 class Watch:
     """A request whose tokens are timed as they come."""
 
-    def __init__(self, ours: Ours, prompt: list[int], tokens: int) -> None:
+    def __init__(
+        self, ours: Ours, prompt: list[int], tokens: int, clock: Callable[[], float]
+    ) -> None:
         self.stamps: list[float] = []
         self.ended = threading.Event()
-        self.began = time.perf_counter()
+        self.began = clock()
+        self._clock = clock
         self._backend = ours.backend
         self._id = f"watched-{self.began}"
         params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
@@ -373,7 +379,7 @@ class Watch:
 
     def _emit(self, event: Event) -> None:
         if isinstance(event, Token):
-            self.stamps.append(time.perf_counter())
+            self.stamps.append(self._clock())
         elif isinstance(event, Finished | Failed):
             self.ended.set()
 
@@ -388,18 +394,20 @@ class Watch:
         return sorted(b - a for a, b in pairs if begin < a and b < end)
 
 
-def gap(bench: Bench, prefill: int = 4000) -> dict[str, Any]:
+def gap(
+    bench: Bench, prefill: int = 4000, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Any]:
     """The time between two tokens of a stream, before and while another's long prompt is read."""
     with tempfile.TemporaryDirectory() as folder:
         parameters = random_model(Path(folder))
         ours = Ours(folder, context=8192)
     ours.run([(bench.ids(600), 8)])  # kernels and costs are known from here on
-    stream = Watch(ours, bench.ids(16), 8000)
+    stream = Watch(ours, bench.ids(16), 8000, clock)
     while len(stream.stamps) < 100:
         time.sleep(0.01)
-    other = Watch(ours, bench.ids(prefill), 1)
+    other = Watch(ours, bench.ids(prefill), 1, clock)
     other.ended.wait()
-    now = time.perf_counter()
+    now = clock()
     stream.cancel()
     ours.backend.close()
     before, beside = stream.gaps(0, other.began), stream.gaps(other.began, now)
@@ -417,6 +425,13 @@ def gap(bench: Bench, prefill: int = 4000) -> dict[str, Any]:
     }
 
 
+def gap_by_cpu_time(bench: Bench) -> dict[str, Any]:
+    """The same by the process's CPU time, for the engine too: other programs do not count."""
+    cpu = SimpleNamespace(perf_counter=time.process_time)
+    with mock.patch.object(loop, "time", cpu):
+        return gap(bench, clock=time.process_time)
+
+
 def parts(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """All that can be measured, by name."""
     yield "one_stream", lambda: one_stream(bench.folder, 256, bench.pairs)
@@ -428,6 +443,7 @@ def parts(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     yield "scheduler_share", lambda: scheduler_share(bench)
     yield "batch_cost", lambda: batch_cost(bench)
     yield "gap", lambda: gap(bench)
+    yield "gap_by_cpu_time", lambda: gap_by_cpu_time(bench)
 
 
 def main() -> None:
