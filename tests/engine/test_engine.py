@@ -208,6 +208,15 @@ def test_progress_is_told_while_the_prompt_is_read(harness):
     assert progress == [(64, 200), (128, 200), (192, 200), (200, 200)]
 
 
+def test_prefixes_kept_for_later_count_as_memory_held(harness):
+    engine = harness()
+    assert engine.engine.counts() == (0, 0, 0)
+    engine.submit(sequence(1, 200)).wait()
+    held = engine.engine.call(lambda runner: runner.tree.nbytes)
+    assert engine.engine.counts() == (0, 0, held)
+    assert held > 0
+
+
 def test_no_tokens_asked_for_none_given(harness):
     engine = harness()
     answer = engine.submit(sequence(1, 5), max_tokens=0)
