@@ -60,14 +60,14 @@ def golden(shared: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("unified", [True, False])
-@pytest.mark.parametrize("draft", ["lookup", "model"])
+@pytest.mark.parametrize("draft", ["lookup", "model", "lookup+model"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_speculation_changes_nothing_but_the_number_of_steps(
     open_cpp: Any, start: Any, stories: Path, draft: str, temperature: float, unified: bool
 ) -> None:
     options = {"backend_options": {"unified": unified}}
     plain = open_cpp(**options)
-    reference = str(stories) if draft == "model" else draft
+    reference = draft.replace("model", str(stories))
     fast = open_cpp(draft=reference, draft_tokens=5, **options)
     prompts = [[1], TEXT, TEXT + TEXT[1:] + TEXT[1:9], [1, 5, 6]]
     for backend in (plain, fast):

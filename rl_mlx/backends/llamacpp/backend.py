@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rl_mlx.backends.base import Backend, Emit, Stats, default_context
-from rl_mlx.backends.llamacpp.draft import Drafter, DraftModel, Lookup
+from rl_mlx.backends.llamacpp.draft import Both, Drafter, DraftModel, Lookup
 from rl_mlx.backends.llamacpp.engine import Engine
 from rl_mlx.backends.llamacpp.exported import gguf_of
 from rl_mlx.backends.llamacpp.library import GPU_KINDS, Library, open_library
@@ -250,12 +250,13 @@ def _drafter(
         )
     if settings.draft in {"lookup", "auto"}:
         return Lookup()
+    name = settings.draft.removeprefix("lookup+")
     with ExitStack() as opened:
-        path = gguf_of(resolve(settings.draft).path)
+        path = gguf_of(resolve(name).path)
         draft = opened.enter_context(closing(Model(library, path, options, model.gpu_layers)))
         drafter = DraftModel(draft, model, options, length, unified=unified)
         opened.pop_all()
-    return drafter
+    return drafter if name == settings.draft else Both(Lookup(), drafter)
 
 
 def _info(

@@ -140,6 +140,25 @@ class DraftModel:
         self._model.close()
 
 
+class Both:
+    """What the text has, and where it has nothing, what a draft model guesses."""
+
+    def __init__(self, lookup: Lookup, model: DraftModel) -> None:
+        self._lookup = lookup
+        self._model = model
+
+    def propose(self, wanted: Sequence[tuple[Slot, int]]) -> dict[int, list[int]]:
+        """See ``Drafter.propose``."""
+        found = self._lookup.propose(wanted)
+        rest = [(slot, count) for slot, count in wanted if not found[slot.id]]
+        return {**found, **self._model.propose(rest)} if rest else found
+
+    def close(self) -> None:
+        """Free the draft model."""
+        self._lookup.close()
+        self._model.close()
+
+
 def check_vocabulary(draft: Model, target: Model) -> None:
     """Raise ``InvalidRequest`` unless both models mean the same by a token id (64 of them are
     compared).
