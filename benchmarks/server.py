@@ -263,8 +263,11 @@ def clients(options: argparse.Namespace) -> dict[str, Any]:
 
     def bodies(pair: int, model: str) -> list[dict[str, Any]]:
         """No prompt comes twice: what a server kept of the last round is of no use."""
-        prompts = [f"{pair}, {n}. {PROMPT}" for n in range(64)]
-        return [chat_body(model, options.tokens, prompt) for prompt in prompts]
+        made = [chat_body(model, options.tokens, f"{pair}, {n}. {PROMPT}") for n in range(64)]
+        for body in made if options.system else ():
+            text = f"{pair}. {LONG * (options.system // 10)}"
+            body["messages"].insert(0, {"role": "system", "content": text})
+        return made
 
     with our_server(options) as ours, peer_server(options) as theirs:
         sides = {
@@ -325,6 +328,7 @@ def main() -> None:
     made.add_argument("--context", type=int, default=8192)
     made.add_argument("--tokens", type=int, default=64)
     made.add_argument("--prefill", type=int, default=4000, help="tokens of the long prompt")
+    made.add_argument("--system", type=int, default=0, help="tokens that all clients begin with")
     made.add_argument("--gap-tokens", type=int, default=400)
     options = made.parse_args()
     with tempfile.TemporaryDirectory() as folder:

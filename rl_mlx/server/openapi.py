@@ -90,7 +90,7 @@ def _answers(route: Route, body: type[BaseModel] | None, dialect: Dialect) -> di
     if route.path in _PLAIN:
         done = dict.fromkeys(_PLAIN[route.path], text)
     elif body is not None and "stream" in body.model_fields:
-        done[dialect.media.partition(";")[0]] = text
+        done[dialect.media.partition(";")[0]] = {}  # a schema would be that of one event or line
     answers = {
         "200": {"description": "done", "content": done},
         "4XX": {"description": "the request was wrong, or came too often", "content": failed},

@@ -39,7 +39,9 @@ No = Annotated[bool, AfterValidator(_is_false), WithJsonSchema({"const": False})
 
 
 def allow_null(schema: dict[str, Any]) -> None:
-    """Say in a JSON Schema that what may be left out may also be null."""
+    """Say in a JSON Schema that null is as if not given, whatever it is the value of."""
+    if schema.get("additionalProperties") is False:
+        schema["additionalProperties"] = {"type": "null"}
     for name, value in schema.get("properties", {}).items():
         if name not in schema.get("required", ()) and {"type": "null"} not in value.get(
             "anyOf", ()
