@@ -63,6 +63,8 @@ def _sanitize(config: Config, arrays: Arrays) -> Arrays:  # noqa: ARG001
         name = name.removeprefix("language_model.")
         if "vision_" in name or "multi_modal_projector" in name:
             continue
+        if not name.startswith(("model.", "lm_head.")):
+            name = f"model.{name}"
         at, _, module = name.rpartition(".experts.")
         if module == "gate_up_proj":
             half = array.shape[-1] // 2

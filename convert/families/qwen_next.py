@@ -82,7 +82,9 @@ def _delta(config: Config, s: Sizes) -> Shapes:
     )
 
 
-_PREFIXES = (
+_PREFIXES = (  # of mlx-lm, with the "model." that bare decoders get, and of transformers
+    ("model.language_model.lm_head.", "lm_head."),
+    ("model.language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
     ("language_model.model.", "model."),
     ("model.language_model.", "model."),
@@ -95,9 +97,10 @@ def _sanitize(config: Config, arrays: Arrays) -> Arrays:
     """The text's tensors alone, its norms with their 1, its projections apart."""
     found: Arrays = {}
     for name, array in arrays.items():
-        name = name.removeprefix("model.") if name.startswith("model.language_model.m") else name
         for old, new in _PREFIXES:
-            name = new + name.removeprefix(old) if name.startswith(old) else name
+            if name.startswith(old):
+                name = new + name.removeprefix(old)
+                break
         tied_head = name.startswith("lm_head.") and config.get("tie_word_embeddings")
         if not (tied_head or name.removeprefix("model.").startswith(_DROPPED)):
             found[name] = array

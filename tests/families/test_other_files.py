@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,34 @@ def test_a_converted_folder_loads_in_mlx_lm(
     finally:
         mx.enable_compile()
     assert difference(got, want) < 1e-4
+
+
+@pytest.mark.parametrize("form", ["hugging face", "mlx-lm"])
+def test_the_decoder_in_a_model_that_sees(
+    make_folder: Make, named: Callable[[str], Any], ids: list[int], tmp_path: Path, form: str
+) -> None:
+    folder = make_folder(named("qwen3_5_text"))
+    want = logits(folder, ids)
+    config = json.loads((folder / "config.json").read_text())
+    whole = {"model_type": "qwen3_5", "text_config": config, "vision_config": {"depth": 1}}
+    (folder / "config.json").write_text(json.dumps(whole))
+    arrays = dict(mx.load(str(folder / "model.safetensors")))
+    if form == "mlx-lm":
+        arrays = {f"language_model.{name}": array for name, array in arrays.items()}
+    else:
+        arrays = {_as_trained(name): _trained(name, array) for name, array in arrays.items()}
+        arrays |= {"model.visual.blocks.0.norm1.weight": mx.ones(4), "mtp.fc.weight": mx.ones(4)}
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays)
+    assert difference(logits(folder, ids), want) < 1e-5
+
+
+def _as_trained(name: str) -> str:
+    return name.replace("model.", "model.language_model.", 1) if "model." in name else name
+
+
+def _trained(name: str, array: mx.array) -> mx.array:
+    """Kernels as torch has them, norms around 0."""
+    if name.endswith("conv1d.weight"):
+        return mx.contiguous(array.swapaxes(1, 2))
+    plain = name.endswith("norm.weight") and "linear_attn.norm" not in name
+    return array - 1 if plain else array
