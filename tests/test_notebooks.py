@@ -6,14 +6,13 @@ import base64
 import json
 import re
 import socket
-import tempfile
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
-from jupyter_client import AsyncKernelManager
-from nbclient import NotebookClient
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NAMES = (
@@ -73,15 +72,31 @@ def test_absolute_paths_are_seen():
         assert not _ABSOLUTE.search(text)
 
 
+# In a process of its own, which takes the kernel's sockets with it when it ends. They are files,
+# with short names: no ports that another test might take.
+RUN = """
+import sys, tempfile
+import nbformat
+from jupyter_client import AsyncKernelManager
+from nbclient import NotebookClient
+
+book = nbformat.read(sys.argv[1], as_version=4)
+with tempfile.TemporaryDirectory(prefix="nb") as sockets:
+    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=sockets + "/k")
+    NotebookClient(book, km=kernel, timeout=1000, startup_timeout=300).execute(cwd=sys.argv[2])
+print(sum("image/png" in o.get("data", {}) for c in book.cells for o in c.get("outputs", [])))
+"""
+
+
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs(name: str, tmp_path: Path):
-    book = read(name)
-    # Sockets of files, with short names: no ports that another test might take.
-    with tempfile.TemporaryDirectory(prefix="nb") as sockets:
-        kernel = AsyncKernelManager(
-            kernel_name="python3", transport="ipc", ip=str(Path(sockets) / "k")
-        )
-        client = NotebookClient(book, km=kernel, timeout=1000, startup_timeout=300)
-        client.execute(cwd=str(tmp_path))
-    assert sum("image/png" in o.get("data", {}) for o in outputs(book)) > 0
+    path = str(FOLDER / f"{name}.ipynb")
+    ran = subprocess.run(
+        [sys.executable, "-c", RUN, path, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert int(ran.stdout.split()[-1]) > 0
