@@ -116,7 +116,7 @@ def _mistral3(keys: Keys) -> Fields:
     fields = _llama(keys)
     if not keys.has("attention.temperature_scale"):
         return fields
-    # Queries grow with their position: Ministral 3, of which mlx-lm has a module.
+    # Queries grow with their position: Ministral 3.
     parameters = rope_parameters(keys.file, keys.arch, keys.head_dim)
     beta = keys.number("attention.temperature_scale")
     original = parameters.get("original_max_position_embeddings", keys.count("context_length"))

@@ -146,8 +146,6 @@ def _original(config: Config, rope: Mapping[str, Any]) -> int:
 def _yarn(config: Config, rope: Mapping[str, Any]) -> Fields:
     """llama.cpp multiplies by its own magnitude, ``0.1 ln(factor) + 1``: a given one is divided."""
     factor = float(rope["factor"])
-    if rope.get("mscale_all_dim") and config["model_type"] not in FAMILIES:
-        raise UnsupportedModel("YaRN with 'mscale' cannot be exported to GGUF yet")
     found: Fields = {
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": factor,
@@ -156,10 +154,17 @@ def _yarn(config: Config, rope: Mapping[str, Any]) -> Fields:
         "rope.scaling.yarn_beta_slow": float(rope.get("beta_slow") or 1.0),
     }
     attention = rope.get("attention_factor")
-    magnitude = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    magnitude = _magnitude(factor, 1.0)
+    weight, of_all = rope.get("mscale"), rope.get("mscale_all_dim")
+    if attention is None and weight and of_all and config["model_type"] not in FAMILIES:
+        attention = _magnitude(factor, weight) / _magnitude(factor, of_all)
     if attention is not None and not math.isclose(attention, magnitude, rel_tol=1e-6):
         found["rope.scaling.attn_factor"] = float(attention) / magnitude
     return found
+
+
+def _magnitude(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def _longrope(config: Config, rope: Mapping[str, Any]) -> Fields:

@@ -62,9 +62,9 @@ class Attention:
         return self._out(y.reshape(rows, length, -1))
 
 
-def _temperature(offset: Offset, length: int, span: float, rate: float) -> mx.array:
+def _temperature(offset: Offset, length: int, span: float, rate: float, first: int) -> mx.array:
     """By what queries grow with their positions, ``[B or 1, 1, S, 1]`` (Nakanishi 2025)."""
-    at = mx.array(offset).reshape(-1, 1) + mx.arange(1, length + 1)
+    at = mx.array(offset).reshape(-1, 1) + mx.arange(first, first + length)
     return (mx.log1p(mx.floor(at / span)) * rate + 1)[:, None, :, None]
 
 

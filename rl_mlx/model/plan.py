@@ -35,7 +35,8 @@ class AttentionPlan:
     ``qk_norm``: queries and keys are normed before rope, each head by the same weights, each by
     ``own`` ones, or all heads as one vector (``width``); or after rope and by none (``rotated``).
     ``gated``: each head's query comes with a gate for what the head gives, as much as its sigmoid.
-    ``temperature``: ``(span, rate)`` makes queries grow, by ``rate * log`` of the spans so far.
+    ``temperature``: ``(span, rate, first)`` makes queries grow, by ``rate * log`` of the spans so
+    far, where the first position counts as ``first``.
     """
 
     heads: int
@@ -53,7 +54,7 @@ class AttentionPlan:
     fused_qkv: bool = False
     gated: bool = False
     chunked: bool = False
-    temperature: tuple[float, float] | None = None
+    temperature: tuple[float, float, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,7 @@ FAMILIES: Mapping[str, Planner] = MappingProxyType(
         "llama": llama.plan,
         "mistral": llama.plan,
         "ministral": llama.plan,
+        "ministral3": llama.plan_ministral3,
         "mixtral": mixtral.plan,
         "qwen2": qwen.plan_qwen2,
         "qwen2_moe": qwen.plan_qwen2_moe,

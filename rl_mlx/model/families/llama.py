@@ -1,15 +1,26 @@
-"""Llama 1 to 3, Mistral, and those that differ by a bias or an activation: Seed-OSS, Arcee."""
+"""Llama 1 to 3, Mistral, and those that differ by little: Ministral 3, Seed-OSS, Arcee."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from rl_mlx.model.families.common import Config, attention, base, mlp
 from rl_mlx.model.plan import DecoderPlan, LayerPlan
+from rl_mlx.model.rope import rope_parameters
 
 
 def plan(config: Config, context: int) -> DecoderPlan:
     """Pre-norm blocks, rope, grouped-query attention, SiLU."""
     bias = bool(config.get("attention_bias", False))
     return _decoder(config, context, bias=bias, out_bias=bias)
+
+
+def plan_ministral3(config: Config, context: int) -> DecoderPlan:
+    """Queries that grow with their position, by the words of ``rope_parameters``."""
+    rope = rope_parameters(config)
+    rate = float(rope.get("llama_4_scaling_beta") or 0.0)
+    span = float(rope.get("original_max_position_embeddings") or config["max_position_embeddings"])
+    return _decoder(config, context, temperature=(span, rate, 0))
 
 
 def plan_seed_oss(config: Config, context: int) -> DecoderPlan:
@@ -25,11 +36,11 @@ def plan_arcee(config: Config, context: int) -> DecoderPlan:
 
 
 def _decoder(
-    config: Config, context: int, *, bias: bool, out_bias: bool, gated: bool = True
+    config: Config, context: int, *, gated: bool = True, **of_attention: Any
 ) -> DecoderPlan:
     layers = tuple(
         LayerPlan(
-            mixer=attention(config, context, i, bias=bias, out_bias=out_bias),
+            mixer=attention(config, context, i, **of_attention),
             mlp=mlp(config, gated=gated, bias=bool(config.get("mlp_bias", False))),
         )
         for i in range(config["num_hidden_layers"])

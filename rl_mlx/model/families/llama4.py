@@ -41,7 +41,7 @@ def _attention(config: Config, context: int, layer: int) -> AttentionPlan:
         more["rope"] = None
         if config.get("attn_temperature_tuning", True):
             span, rate = config.get("floor_scale", 8192), config.get("attn_scale", 0.1)
-            more["temperature"] = float(span), float(rate)
+            more["temperature"] = float(span), float(rate), 1
     types = config.get("layer_types")
     chunked = types[layer] == "chunked_attention" if types else rotates(config, layer)
     size = config.get("attention_chunk_size") if chunked else None

@@ -69,10 +69,6 @@ def test_what_is_written_is_read_back(name, hf_config, make_folder, tmp_path):
     [
         ({"model_type": "helium"}, "known are llama"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
-        (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale_all_dim": 1.0}},
-            "mscale",
-        ),
         ({"model_type": "gemma2", "query_pre_attn_scalar": 100}, "query_pre_attn_scalar"),
         ({"model_type": "qwen3_moe", "norm_topk_prob": False}, "norm_topk_prob"),
         ({"model_type": "smollm3", "no_rope_layers": [0, 1]}, "every 4th layer"),
