@@ -235,8 +235,8 @@ def test_token_ids(config):
 
 
 def test_unknown_architectures_say_what_can_be_done(config):
-    with pytest.raises(UnsupportedModel, match=r"architecture 'mamba'.*try --backend llama\.cpp"):
-        config("mamba")
+    with pytest.raises(UnsupportedModel, match=r"architecture 'rwkv7'.*try --backend llama\.cpp"):
+        config("rwkv7")
 
 
 REFUSED = {
