@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+from rl_mlx.convert.layout import layout
 from rl_mlx.convert.weights import Dense, FloatType, Tensor, Weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,8 +87,23 @@ LFM2 = {
 }
 
 
+QWEN35 = {
+    **LLAMA,
+    "model_type": "qwen3_5_text",
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+}
+
+
 def tiny_weights(config: dict[str, Any]) -> RandomWeights:
     """Random weights of one of the configs above."""
+    if config["model_type"] == "qwen3_5_text":
+        return RandomWeights(config, layout(config, 100))
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     dim = config.get("head_dim", hidden // config["num_attention_heads"])
     q, kv = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
@@ -125,6 +141,8 @@ def tiny_weights(config: dict[str, Any]) -> RandomWeights:
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., RandomWeights]:
-    """``tiny("llama" | "gemma3" | "lfm2", **config)``: small random weights of that family."""
-    configs = {"llama": LLAMA, "gemma3": GEMMA3, "lfm2": LFM2}
+    """``tiny("llama" | "gemma3" | "lfm2" | "qwen35", **config)``: small random weights of that
+    family.
+    """
+    configs = {"llama": LLAMA, "gemma3": GEMMA3, "lfm2": LFM2, "qwen35": QWEN35}
     return lambda family, **more: tiny_weights({**configs[family], **more})

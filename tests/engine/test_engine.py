@@ -103,7 +103,7 @@ def test_greedy_is_the_same_with_a_prefix_hit(harness, family):
         assert again.end.timings.reused == 199
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen35"])
 def test_greedy_is_the_same_after_preemption(harness, family):
     prompts = prompts_of(5)
     want = [alone(harness, family, p, max_tokens=40) for p in prompts]
