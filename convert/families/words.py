@@ -72,12 +72,6 @@ def read_experts(keys: Keys, count: str, used: str) -> dict[str, Any]:
     return {count: experts, used: chosen}
 
 
-def inner_width(config: Config) -> int:
-    """The width of dense layers, or of experts where there are none."""
-    found: int = config.get("intermediate_size") or config["moe_intermediate_size"]
-    return found
-
-
 def read_dense(keys: Keys) -> dict[str, Any]:
     """Heads of keys and values, and the width of the feed-forward layers."""
     return {
