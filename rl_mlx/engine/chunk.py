@@ -5,7 +5,10 @@ Python.
 from __future__ import annotations
 
 STEPS = 1.5
-"""Decode steps that a chunk may take while streams wait for it: a gap is then two and a half."""
+"""Decode steps that a chunk may take while streams wait for it: a gap is then two and a half.
+
+Less would hardly get on: where reading weights is what takes time, one token costs a whole step.
+"""
 _UNKNOWN = 64  # tokens, where nothing was measured yet
 _WEIGHT = 0.25  # of a new measurement of a decode step
 _OUTLIER = 4  # times what is known
