@@ -138,7 +138,7 @@ def our_server(options: argparse.Namespace) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as home:
         config = Path(home, "config.toml")
         config.write_text(
-            f"[backend_options]\nthreads = {options.threads}\nparallel = {options.parallel}\n"
+            f"parallel = {options.parallel}\n[backend_options]\nthreads = {options.threads}\n"
             if options.backend == "llama.cpp"
             else ""
         )
@@ -217,12 +217,13 @@ def peer_server(options: argparse.Namespace) -> Iterator[str]:
 
 def open_api(options: argparse.Namespace) -> AsyncLLM:
     """The model in this process, with the settings of the server's."""
-    more = {"threads": options.threads, "parallel": options.parallel}
+    is_cpp = options.backend == "llama.cpp"
     return AsyncLLM(
         options.model,
         backend=options.backend,
         context=options.context,
-        backend_options=more if options.backend == "llama.cpp" else {},
+        parallel=options.parallel if is_cpp else None,
+        backend_options={"threads": options.threads} if is_cpp else {},
     )
 
 

@@ -44,7 +44,7 @@ class Server:
     def __init__(self, model: str, home: Path, backend: str) -> None:
         config = home / "config.toml"
         is_cpp = backend == "llama.cpp"
-        config.write_text("[backend_options]\nthreads = 1\nparallel = 8\n" if is_cpp else "")
+        config.write_text("parallel = 8\n[backend_options]\nthreads = 1\n" if is_cpp else "")
         self._log = home / "log"
         environ = {**os.environ, "RL_MLX_CONFIG": str(config), "RL_MLX_BACKEND": backend}
         command = [sys.executable, "-m", "rl_mlx.cli.main", "serve", model, "--port", "0"]

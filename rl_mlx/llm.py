@@ -72,6 +72,7 @@ class AsyncLLM:
         kv_bits: int | str | None = None,
         memory: int | str | None = None,
         prefix_cache: int | str | None = None,
+        parallel: int | None = None,
         dtype: str | None = None,
         backend_options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -83,6 +84,7 @@ class AsyncLLM:
             kv_bits=kv_bits,
             memory=memory,
             prefix_cache=prefix_cache,
+            parallel=parallel,
             dtype=dtype,
             backend_options=backend_options or {},
         )

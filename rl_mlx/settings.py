@@ -53,6 +53,9 @@ class KVFormat:
 DENSE_KV = KVFormat()
 
 
+MAX_PARALLEL = 255  # llama.cpp's 256, less the sequence that logits and embeddings use
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """How a model is loaded; the keyword arguments of ``LLM``.
@@ -62,9 +65,10 @@ class ModelSettings:
     ``draft_tokens`` a step, None for as many as pay. ``context``: tokens, None for the model's own.
     ``kv_bits``: 8, 6, 4, or ``"8/4@512"`` (see ``KVFormat``), None for the compute type.
     ``memory``: a budget in bytes, or a string such as ``"12GB"`` or ``"80%"``. ``prefix_cache``: so
-    much of the disk (``"8GB"``) for prefixes that outlive the process, None for none. ``dtype``:
-    ``float32``, ``float16``, ``bfloat16``, or None for what suits the device. ``backend_options``:
-    what only one backend knows (``LlamaCppOptions``, ``RemoteOptions``), which raises for others.
+    much of the disk (``"8GB"``) for prefixes that outlive the process, None for none.
+    ``parallel``: sequences at once, None for what suits the backend. ``dtype``: ``float32``,
+    ``float16``, ``bfloat16``, or None for what suits the device. ``backend_options``: what only one
+    backend knows (``LlamaCppOptions``, ``RemoteOptions``), which raises for others.
     """
 
     backend: str = "auto"
@@ -74,6 +78,7 @@ class ModelSettings:
     kv_bits: int | str | None = None
     memory: int | str | None = None
     prefix_cache: int | str | None = None
+    parallel: int | None = None
     dtype: str | None = None
     backend_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -88,6 +93,12 @@ class ModelSettings:
         tokens = self.draft_tokens
         if tokens is not None and (not isinstance(tokens, int) or not 1 <= tokens <= 16):
             raise InvalidRequest(f"draft_tokens must be between 1 and 16, not {tokens!r}")
+        if self.parallel is not None and (
+            type(self.parallel) is not int or not 1 <= self.parallel <= MAX_PARALLEL
+        ):
+            raise InvalidRequest(
+                f"parallel must be between 1 and {MAX_PARALLEL}, not {self.parallel!r}"
+            )
         if self.context is not None and (type(self.context) is not int or self.context < 1):
             raise InvalidRequest(f"context must be at least 1 token, not {self.context!r}")
         if not isinstance(self.backend_options, Mapping):
@@ -175,7 +186,7 @@ def _read_file(path: Path, known: set[str]) -> dict[str, Any]:
 
 
 def _parse(name: str, text: str) -> Any:
-    if name not in {"context", "draft_tokens"}:
+    if name not in {"context", "draft_tokens", "parallel"}:
         return text
     try:
         return int(text)

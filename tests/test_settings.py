@@ -29,8 +29,10 @@ def test_defaults(environ: dict[str, str]) -> None:
 def test_each_source_is_over_the_next(environ: dict[str, str]) -> None:
     write(environ, 'backend = "mlx"\ncontext = 1\nkv_bits = 8\n')
     environ |= {"RL_MLX_CONTEXT": "2", "RL_MLX_KV_BITS": "6", "RL_MLX_DRAFT": ""}
+    environ["RL_MLX_PARALLEL"] = "3"
     flags = {"kv_bits": 4, "context": None}
-    assert load_settings(flags, environ) == ModelSettings(backend="mlx", context=2, kv_bits=4)
+    wanted = ModelSettings(backend="mlx", context=2, kv_bits=4, parallel=3)
+    assert load_settings(flags, environ) == wanted
 
 
 def test_options_of_a_backend_are_merged_one_by_one(environ: dict[str, str]) -> None:
@@ -55,6 +57,8 @@ def test_options_of_a_backend_are_merged_one_by_one(environ: dict[str, str]) -> 
         ("prefix_cache = 0", "prefix_cache must be above 0"),
         ("[backend]\nname = 1", "backend"),
         ("draft = 3", "draft"),
+        ("parallel = 0", "parallel must be between 1 and 255, not 0"),
+        ("parallel = 256", "parallel must be between 1 and 255, not 256"),
     ],
 )
 def test_a_bad_file(environ: dict[str, str], text: str, message: str) -> None:

@@ -40,6 +40,7 @@ from rl_mlx.types import ModelInfo, Request
 CHUNK = 512
 """The most prompt tokens read in one step."""
 MAX_ROWS = 32
+"""Sequences at once, where ``parallel`` does not say."""
 
 
 class MLXBackend(Backend):
@@ -60,7 +61,8 @@ class MLXBackend(Backend):
         info = _info(files, settings, weights, device)
         draft = find_draft(files, settings.draft)
         held = info.weight_bytes + (draft.weight_bytes if draft else 0)
-        governor = Governor(device, info.memory_budget, held, _scratch(info))
+        rows = settings.parallel or MAX_ROWS
+        governor = Governor(device, info.memory_budget, held, _scratch(info, rows))
         governor.check_weights(files.name)
         kv = KVFormat.parse(settings.kv_bits)
         if kv != DENSE_KV and not is_ours(weights.config):
@@ -79,11 +81,7 @@ class MLXBackend(Backend):
                 opened.callback(disk.close)
             runner = Runner(model, governor, CHUNK, kv, disk)
             kv_bytes.set_result(_kv_bytes_per_token(runner.arena))
-            scheduler = Scheduler(
-                max_rows=MAX_ROWS,
-                admit=runner.admits,
-                chunks=ChunkSize(CHUNK),
-            )
+            scheduler = Scheduler(max_rows=rows, admit=runner.admits, chunks=ChunkSize(CHUNK))
             proposer = draft.load(info, runner) if draft else None
             return runner, scheduler, Speculator(proposer, settings.draft_tokens)
 
@@ -174,10 +172,10 @@ def _load(weights: Weights, info: ModelInfo, *, exact: bool) -> Model:
     return load_zoo(weights, dtype)
 
 
-def _scratch(info: ModelInfo) -> int:
+def _scratch(info: ModelInfo, rows: int) -> int:
     """Bytes of activations of the largest step, generously: no layer is wider than 16 hiddens."""
     item = 4 if info.dtype == "float32" else 2
-    logits = MAX_ROWS * info.vocab * 4 * 3
+    logits = rows * info.vocab * 4 * 3
     return 4 * CHUNK * 16 * info.hidden * item + logits
 
 

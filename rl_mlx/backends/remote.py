@@ -173,7 +173,7 @@ class RemoteBackend(Backend):
     @classmethod
     def open(cls, files: ModelFiles, settings: ModelSettings) -> RemoteBackend:
         """Ask the server what it serves. Raises ``BackendUnavailable`` or ``ModelNotFound``."""
-        for name in ("draft", "kv_bits", "memory", "prefix_cache", "dtype"):
+        for name in ("draft", "kv_bits", "memory", "prefix_cache", "parallel", "dtype"):
             if getattr(settings, name) is not None:
                 raise InvalidRequest(f"{name}= is the server's to set; leave it out")
         options = RemoteOptions.of(settings.backend_options)

@@ -32,7 +32,7 @@ class ServerFlags:
         str | None, typer.Option(help="Listen at a Unix socket instead.", metavar="PATH")
     ] = None
     parallel: Annotated[
-        int | None, typer.Option(help="Sequences at once, on llama.cpp. [8]", metavar="N")
+        int | None, typer.Option(help="Sequences at once. [MLX 32, llama.cpp 8]", metavar="N")
     ] = None
     keep_alive: Annotated[
         str | None,
@@ -136,8 +136,7 @@ def _settings(
 
     model = flags.settings()
     if server.parallel is not None:
-        options = {**model.backend_options, "parallel": server.parallel}
-        model = replace(model, backend_options=options)
+        model = replace(model, parallel=server.parallel)
     sampling.params()  # a value out of range is an error now, not in every request
     return ServerSettings(
         models=models,

@@ -211,6 +211,26 @@ def test_cancelling_ends_a_request_and_only_that(
     assert other.reply().ids == golden[:60]
 
 
+def test_parallel_says_how_many_run_at_once(
+    name: str, stories: Path, open_model: Any, start: Any
+) -> None:
+    alone = open_model(stories, backend=name, context=512, parallel=1)
+    first = start(alone, [1, 5], ignore_eos=True)
+    first.first()
+    second = start(alone, [1, 6], max_tokens=1)
+    while (stats := alone.stats()).waiting == 0:
+        assert stats.running == 1
+    alone.cancel(first.id)
+    assert len(second.reply().ids) == 1
+    both = open_model(stories, backend=name, context=512, parallel=2)
+    first, second = (start(both, [1, n], ignore_eos=True) for n in (5, 6))
+    first.first()
+    second.first()
+    assert both.stats().running == 2
+    both.cancel(first.id)
+    both.cancel(second.id)
+
+
 def test_timings_and_progress_add_up(backend: Backend, ask: Any) -> None:
     prompt = [1, *range(3, 103)]
     reply = ask(backend, prompt, max_tokens=8)

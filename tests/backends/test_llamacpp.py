@@ -135,7 +135,7 @@ def test_a_prefix_is_shared_by_those_that_run_together(
     replies = [c.reply() for c in calls]
     assert replies[0].finished.timings.reused == 0
     assert all(r.finished.timings.reused >= len(prefix) - 32 for r in replies[1:])
-    alone = open_cpp(backend_options={"unified": unified, "parallel": 1})
+    alone = open_cpp(parallel=1, backend_options={"unified": unified})
     assert [start(alone, [*prefix, 200 + n], max_tokens=8).reply().ids for n in range(4)] == [
         r.ids for r in replies
     ]
@@ -218,7 +218,7 @@ def test_logits_go_on_over_several_batches(open_cpp: Any) -> None:
 
 
 def test_higher_priority_goes_first(open_cpp: Any, start: Any) -> None:
-    backend = open_cpp(backend_options={"parallel": 1})
+    backend = open_cpp(parallel=1)
     calls = [start(backend, [1, 5 + n], max_tokens=40, ignore_eos=True) for n in range(3)]
     urgent = start(backend, [1, 40], priority=1, max_tokens=1)
     urgent.reply()
@@ -264,8 +264,8 @@ def test_nothing_is_printed(open_cpp: Any, ask: Any, capfd: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     "options",
     [
-        {"gpu_layers": -2}, {"gpu_layers": "some"}, {"threads": 0}, {"parallel": 0},
-        {"parallel": 1000}, {"batch": True}, {"cache_type_k": "q3_k"}, {"rope_scaling": "su"},
+        {"gpu_layers": -2}, {"gpu_layers": "some"}, {"threads": 0}, {"parallel": 1},
+        {"batch": True}, {"cache_type_k": "q3_k"}, {"rope_scaling": "su"},
         {"numa": "yes"}, {"split_mode": "tensor"}, {"context": 5}, {"mmap": "no"}, {"mlock": None},
         {"rope_freq_base": "x"}, {"tensor_split": "1,x"}, {"tensor_split": [-1]}, {"unified": 1},
     ],
@@ -319,7 +319,6 @@ REACHED: dict[str, tuple[Any, str, Any]] = {
     "threads": (2, "n_threads", 2),
     "threads_batch": (3, "n_threads_batch", 3),
     "batch": (64, "n_ubatch", 64),
-    "parallel": (5, "n_seq_max", 5),
     "unified": (True, "kv_unified", True),
     "flash_attention": (True, "flash_attn_type", 1),
     "cache_type_k": ("q8_0", "type_k", 8),

@@ -247,7 +247,7 @@ def test_opening_says_what_is_wrong(stub: Stub, stories: Path) -> None:
         connect(stub.url, stories, model="other")
     with pytest.raises(InvalidRequest, match="known are api_key"):
         connect(stub.url, stories, gpu_layers=3)
-    for option in ({"kv_bits": 8}, {"prefix_cache": "1GB"}):
+    for option in ({"kv_bits": 8}, {"prefix_cache": "1GB"}, {"parallel": 2}):
         with pytest.raises(InvalidRequest, match=next(iter(option))):
             open_backend(ModelFiles("m", stories), ModelSettings(backend=stub.url, **option))
     with pytest.raises(BackendUnavailable, match="no server answers"):

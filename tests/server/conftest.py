@@ -55,7 +55,7 @@ class Program:
 
     def __init__(self, home: Path, *arguments: str) -> None:
         config = home / "config.toml"
-        config.write_text("[backend_options]\nthreads = 1\nparallel = 4\n")
+        config.write_text("parallel = 4\n[backend_options]\nthreads = 1\n")
         environ = {
             **os.environ,
             "HF_HOME": str(home),

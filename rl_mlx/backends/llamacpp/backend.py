@@ -27,6 +27,8 @@ from rl_mlx.types import ModelInfo, Request
 
 DEFAULT_CONTEXT = 32768
 """Longest context that is taken unless one is asked for: its whole cache is allocated at once."""
+PARALLEL = 8
+"""Sequences at once, where ``parallel`` does not say."""
 DRAFT_TOKENS = 4
 """Most tokens guessed a step, unless ``draft_tokens`` says so."""
 _WORTH_COPYING = 64  # tokens: a copy moves a whole sequence, so short prefixes are computed again
@@ -93,16 +95,16 @@ class LlamaCppBackend(Backend):
     ) -> LlamaCppBackend:  # fmt: skip
         budget = parse_memory(settings.memory or "75%", memory_total())
         length = _length(model, settings, kv, budget)
-        unified = options.unified
+        unified, parallel = options.unified, settings.parallel or PARALLEL
         if unified is None:
             each = length * model.kv_bytes_per_token(kv)
-            unified = options.parallel * each > (budget - model.nbytes) / 4
-        drafter = _drafter(library, model, settings, options, length, unified=unified)
+            unified = parallel * each > (budget - model.nbytes) / 4
+        drafter = _drafter(library, model, settings, options, length, parallel, unified=unified)
         if drafter is not None:
             opened.callback(drafter.close)
         guesses = (settings.draft_tokens or DRAFT_TOKENS) if drafter is not None else 0
         context = Context(
-            model, options, kv, length, options.parallel,
+            model, options, kv, length, parallel,
             unified=unified, outputs_per_sequence=1 + guesses,
         )  # fmt: skip
 
@@ -113,10 +115,10 @@ class LlamaCppBackend(Backend):
             model.close()
 
         worth = 1 if unified else _WORTH_COPYING
-        slots = Slots(options.parallel, can_cut=model.can_rewind, worth=worth)
+        slots = Slots(parallel, can_cut=model.can_rewind, worth=worth)
         engine = Engine(context, slots, drafter, guesses, release)
         info = _info(library, model, files, kv, length, budget)
-        return cls(model, engine, info, options, kv, length * (1 if unified else options.parallel))
+        return cls(model, engine, info, options, kv, length * (1 if unified else parallel))
 
     def submit(self, request: Request, emit: Emit) -> None:
         """See ``Backend.submit``."""
@@ -238,6 +240,7 @@ def _drafter(
     settings: ModelSettings,
     options: LlamaCppOptions,
     length: int,
+    parallel: int,
     *,
     unified: bool,
 ) -> Drafter | None:
@@ -254,7 +257,7 @@ def _drafter(
     with ExitStack() as opened:
         path = gguf_of(resolve(name).path)
         draft = opened.enter_context(closing(Model(library, path, options, model.gpu_layers)))
-        drafter = DraftModel(draft, model, options, length, unified=unified)
+        drafter = DraftModel(draft, model, options, length, parallel, unified=unified)
         opened.pop_all()
     return drafter if name == settings.draft else Both(Lookup(), drafter)
 

@@ -71,12 +71,13 @@ class DraftModel:
     """
 
     def __init__(
-        self, model: Model, target: Model, options: LlamaCppOptions, length: int, *, unified: bool
-    ) -> None:
+        self, model: Model, target: Model, options: LlamaCppOptions, length: int, parallel: int,
+        *, unified: bool,
+    ) -> None:  # fmt: skip
         self._model = model
         check_vocabulary(model, target)
-        self._context = Context(model, options, KV(), length, options.parallel, unified=unified)
-        self._held: list[list[int]] = [[] for _ in range(options.parallel)]
+        self._context = Context(model, options, KV(), length, parallel, unified=unified)
+        self._held: list[list[int]] = [[] for _ in range(parallel)]
 
     def propose(self, wanted: Sequence[tuple[Slot, int]]) -> dict[int, list[int]]:
         """See ``Drafter.propose``."""

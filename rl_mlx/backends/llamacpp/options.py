@@ -21,7 +21,7 @@ class LlamaCppOptions:
     ``tensor_split``: shares of several GPUs, ``split_mode`` how they share (``layer``, ``row``,
     ``none``), ``main_gpu`` which one works alone. ``threads`` (decode) and ``threads_batch``
     (prefill): None for the physical cores that this process may use. ``batch``: most tokens of one
-    step, and of one prefill chunk. ``parallel``: sequences at once. ``unified``: one cache of
+    step, and of one prefill chunk. ``unified``: one cache of
     ``context`` tokens for all of them, rather than one each, which is faster; None for one each
     where that takes at most a quarter of the memory. ``flash_attention``: None lets llama.cpp
     choose. ``cache_type_k`` and ``cache_type_v``: ``f32``, ``f16``, ``bf16``, ``q8_0``, ``q5_1``,
@@ -37,7 +37,6 @@ class LlamaCppOptions:
     threads: int | None = None
     threads_batch: int | None = None
     batch: int = 512
-    parallel: int = 8
     unified: bool | None = None
     flash_attention: bool | None = None
     cache_type_k: str | None = None
@@ -60,8 +59,6 @@ class LlamaCppOptions:
             value = getattr(self, name)
             if value is not None and not _is_count(value, lowest):
                 raise InvalidRequest(f"{name} must be at least {lowest}, not {value!r}")
-        if self.parallel > _MAX_SEQUENCES:
-            raise InvalidRequest(f"parallel must be at most {_MAX_SEQUENCES}, not {self.parallel}")
         for name, known in _CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in known:
@@ -106,10 +103,8 @@ def in_force(settings: ModelSettings) -> dict[str, Any]:
     return LlamaCppOptions.of(settings.backend_options).in_force()
 
 
-_MAX_SEQUENCES = 255  # LLAMA_MAX_SEQ less the one that logits and embeddings use
 _LOWEST = {
     "batch": 1,
-    "parallel": 1,
     "main_gpu": 0,
     "threads": 1,
     "threads_batch": 1,
