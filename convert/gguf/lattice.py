@@ -16,6 +16,7 @@ from rl_mlx.convert.gguf.blocks.base import F32, U8
 
 GROUPS = (32, 64, 128)
 """What MLX's affine mode knows."""
+_ONE = 1 << 16  # of numbers with a fraction
 
 
 def group_size(kind: Lattice) -> int:
@@ -91,8 +92,7 @@ def _merge(codes: Codes, top: int, bits: int) -> Codes:
 def _around_zero(codes: Codes, zero: float, top: int, bits: int) -> Codes:
     """The larger scale is cut in whole parts: its group stays as it is, the other is rounded.
 
-    Codes are multiplied in 16-bit integers with 8 bits of fraction, which adds less than a percent
-    to the noise of rounding.
+    Codes are multiplied in integers with 16 bits of fraction, of which rounding knows nothing.
     """
     last = (1 << bits) - 1
     reach = max(zero, top - zero)
@@ -103,19 +103,19 @@ def _around_zero(codes: Codes, zero: float, top: int, bits: int) -> Codes:
     step: F32 = np.where(np.abs(second) > np.abs(first), second, first)
     step /= np.float32(parts)
     gain = scale / np.where(step == 0, np.float32(1), step)[..., None]
-    # Under the opposite sign the far end of the levels would lie one code too far.
-    np.fmax(gain, np.float32(-(last - middle) / zero), out=gain)
-    gain *= np.float32(256)
+    gain *= np.float32(_ONE)
     np.rint(gain, out=gain)
-    shift = np.float32(256 * (middle + 0.5)) - gain * np.float32(zero)
+    shift = np.float32(_ONE * (middle + 0.5)) - gain * np.float32(zero)
     by, plus = (
-        np.repeat(part.astype(np.int32).astype(np.uint16), codes.q.shape[1] // scale[0].size)
+        np.repeat(part.astype(np.int32).astype(np.uint32), codes.q.shape[1] // scale[0].size)
         for part in (gain, shift)
     )
-    q = codes.q.astype(np.uint16)
+    q = codes.q.astype(np.uint32)
     q *= by.reshape(q.shape)
     q += plus.reshape(q.shape)
-    q >>= np.uint16(8)
+    # Under the opposite sign the far end of the levels can lie one code too far.
+    np.minimum(q, np.uint32(_ONE * (last + 1) - 1), out=q)
+    q >>= np.uint32(_ONE.bit_length() - 1)
     return Codes(q.astype(np.uint8), step, middle)
 
 

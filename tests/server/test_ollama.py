@@ -113,7 +113,7 @@ def test_format(fake: Any, sdk: ollama.Client) -> None:
 def test_the_real_model(real: ollama.Client) -> None:
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"],
               "additionalProperties": False}  # fmt: skip
-    answer = real.chat("demo", HI, format=schema, options={"num_predict": 30})
+    answer = real.chat("demo", HI, format=schema, options={"num_predict": 300})
     assert json.loads(answer.message.content)["ok"] in (True, False)
     answer = real.generate("demo", "Once", raw=True, options={"num_predict": 2}, logprobs=True)
     assert answer.done_reason == "length"

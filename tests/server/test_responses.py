@@ -119,11 +119,11 @@ class Answer(pydantic.BaseModel):
 def test_the_real_model_keeps_to_a_form(program: Any) -> None:
     with openai.OpenAI(base_url=f"{program.url}/v1", api_key="x", max_retries=0) as client:
         answer = client.responses.parse(
-            model="demo", input="hi", text_format=Answer, max_output_tokens=30
+            model="demo", input="hi", text_format=Answer, max_output_tokens=300
         )
         assert isinstance(answer.output_parsed, Answer)
         forced = client.responses.create(
-            model="demo", input="hi", tools=[TOOL], max_output_tokens=80,
+            model="demo", input="hi", tools=[TOOL], max_output_tokens=300,
             tool_choice={"type": "function", "name": "weather"},
         )  # fmt: skip
         assert forced.output[0].type == "function_call"

@@ -42,7 +42,7 @@ class Story(pydantic.BaseModel):
 
 def test_json_schema(real: Any) -> None:
     answer = real.chat.completions.parse(
-        model="demo", messages=HI, response_format=Story, max_tokens=60, seed=1
+        model="demo", messages=HI, response_format=Story, max_tokens=300, seed=1
     )
     assert answer.choices[0].finish_reason == "stop"
     assert isinstance(answer.choices[0].message.parsed, Story)
@@ -65,7 +65,7 @@ def test_regex_and_grammar(real: Any) -> None:
         ({"type": "grammar", "syntax": "gbnf", "grammar": 'root ::= "a" | "b"'}, "a|b"),
     ):
         answer = real.chat.completions.create(
-            model="demo", messages=HI, response_format=form, max_tokens=30
+            model="demo", messages=HI, response_format=form, max_tokens=300
         )
         assert re.fullmatch(fits, answer.choices[0].message.content)
 
@@ -79,7 +79,7 @@ def test_what_is_not_supported_is_named(real: Any) -> None:
 
 def test_a_call_is_forced(real: Any) -> None:
     answer = real.chat.completions.create(
-        model="demo", messages=HI, tools=TOOLS, max_tokens=60,
+        model="demo", messages=HI, tools=TOOLS, max_tokens=300,
         tool_choice={"type": "function", "function": {"name": "tides"}},
     )  # fmt: skip
     choice = answer.choices[0]
@@ -92,7 +92,7 @@ def test_a_call_is_forced(real: Any) -> None:
 
 def test_some_call_is_forced_in_a_stream(real: Any) -> None:
     stream = real.chat.completions.create(
-        model="demo", messages=HI, tools=TOOLS, max_tokens=60, tool_choice="required",
+        model="demo", messages=HI, tools=TOOLS, max_tokens=300, tool_choice="required",
         parallel_tool_calls=False, stream=True,
     )  # fmt: skip
     deltas = [p.function for c in stream for p in c.choices[0].delta.tool_calls or ()]
@@ -106,7 +106,7 @@ def test_anthropic_forces_a_call(program: Any) -> None:
     ]
     with anthropic.Anthropic(base_url=program.url, api_key="x", max_retries=0) as client:
         answer = client.messages.create(
-            model="demo", max_tokens=60, messages=HI, tools=tools,
+            model="demo", max_tokens=300, messages=HI, tools=tools,
             tool_choice={"type": "tool", "name": "weather"},
         )  # fmt: skip
     assert answer.stop_reason == "tool_use"
