@@ -52,6 +52,7 @@ class ChunkSize:
         if decoding and self._step is not None:
             seconds = max(seconds - self._step, _LEAST * seconds)
         cost = seconds / tokens
-        if self._token is not None and cost < self._token:  # dearer counts at once, cheaper slowly
-            cost = (cost + self._token) / 2
+        if self._token is not None:  # dearer counts at once, but for outliers, and cheaper slowly
+            cost = min(cost, _OUTLIER * self._token)
+            cost = max(cost, (cost + self._token) / 2)
         self._token = cost

@@ -67,6 +67,16 @@ def test_one_slow_step_is_no_reason_for_long_chunks():
     assert chunks.tokens(beside=True) < 20
 
 
+def test_one_slow_chunk_is_no_reason_for_short_ones_for_ever():
+    # Where reading weights is what takes the time, chunks of one token would cost a whole step each.
+    chunks = ChunkSize(512)
+    chunks.decoded(1.0)
+    for seconds in (1.06, 100.0, *[1.06] * 20):
+        size = chunks.tokens(beside=True)
+        chunks.read(size, size, seconds)
+    assert chunks.tokens(beside=True) > 64
+
+
 def test_a_step_in_the_same_forward_is_none_of_the_prompts_cost():
     chunks = ChunkSize(512)
     chunks.decoded(1.0)
