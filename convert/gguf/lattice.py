@@ -92,7 +92,7 @@ def _merge(codes: Codes, top: int, bits: int) -> Codes:
 def _around_zero(codes: Codes, zero: float, top: int, bits: int) -> Codes:
     """The larger scale is cut in whole parts: its group stays as it is, the other is rounded.
 
-    Codes are multiplied in integers with 16 bits of fraction, of which rounding knows nothing.
+    The other's codes are multiplied in integers with 16 bits of fraction.
     """
     last = (1 << bits) - 1
     reach = max(zero, top - zero)
@@ -100,23 +100,26 @@ def _around_zero(codes: Codes, zero: float, top: int, bits: int) -> Codes:
     middle = (last + 1) // 2 if zero.is_integer() else last / 2
     scale = codes.scale.reshape(len(codes.scale), -1, 2)
     first, second = scale[..., 0], scale[..., 1]
-    step: F32 = np.where(np.abs(second) > np.abs(first), second, first)
-    step /= np.float32(parts)
-    gain = scale / np.where(step == 0, np.float32(1), step)[..., None]
+    is_second = np.abs(second) > np.abs(first)
+    step: F32 = np.where(is_second, second, first) / np.float32(parts)
+    gain = np.where(is_second, first, second) / np.where(step == 0, np.float32(1), step)
     gain *= np.float32(_ONE)
     np.rint(gain, out=gain)
     shift = np.float32(_ONE * (middle + 0.5)) - gain * np.float32(zero)
-    by, plus = (
-        np.repeat(part.astype(np.int32).astype(np.uint32), codes.q.shape[1] // scale[0].size)
-        for part in (gain, shift)
-    )
-    q = codes.q.astype(np.uint32)
-    q *= by.reshape(q.shape)
-    q += plus.reshape(q.shape)
+    by, plus = (part.astype(np.int32).astype(np.uint32).reshape(-1, 1) for part in (gain, shift))
+    q = codes.q * np.uint8(parts)
+    q += np.uint8(middle - parts * zero + 0.5)
+    others = np.arange(is_second.size) * 2 + (~is_second).ravel()
+    groups = np.dtype((np.void, codes.q.shape[1] // scale[0].size))  # moved as one thing each
+    rounded = codes.q.view(groups).ravel().take(others).view(np.uint8).astype(np.uint32)
+    rounded = rounded.reshape(len(others), -1)
+    rounded *= by
+    rounded += plus
     # Under the opposite sign the far end of the levels can lie one code too far.
-    np.minimum(q, np.uint32(_ONE * (last + 1) - 1), out=q)
-    q >>= np.uint32(_ONE.bit_length() - 1)
-    return Codes(q.astype(np.uint8), step, middle)
+    np.minimum(rounded, np.uint32(_ONE * (last + 1) - 1), out=rounded)
+    rounded >>= np.uint32(_ONE.bit_length() - 1)
+    q.view(groups).reshape(-1)[others] = rounded.astype(np.uint8).view(groups).ravel()
+    return Codes(q, step, middle)
 
 
 def _over_range(codes: Codes, top: int, bits: int) -> Codes:
