@@ -68,7 +68,7 @@ def test_one_slow_step_is_no_reason_for_long_chunks():
 
 
 def test_one_slow_chunk_is_no_reason_for_short_ones_for_ever():
-    # Where reading weights is what takes the time, chunks of one token would cost a whole step each.
+    # Where reading weights is what takes the time, each chunk of one token would cost a whole step.
     chunks = ChunkSize(512)
     chunks.decoded(1.0)
     for seconds in (1.06, 100.0, *[1.06] * 20):
