@@ -101,8 +101,10 @@ def _around_zero(codes: Codes, zero: float, top: int, bits: int) -> Codes:
     scale = codes.scale.reshape(len(codes.scale), -1, 2)
     first, second = scale[..., 0], scale[..., 1]
     is_second = np.abs(second) > np.abs(first)
-    step: F32 = np.where(is_second, second, first) / np.float32(parts)
-    gain = np.where(is_second, first, second) / np.where(step == 0, np.float32(1), step)
+    step: F32 = np.where(is_second, second, first)
+    step /= np.float32(parts)
+    gain: F32 = np.where(is_second, first, second)
+    gain /= np.where(step == 0, np.float32(1), step)
     gain *= np.float32(_ONE)
     np.rint(gain, out=gain)
     shift = np.float32(_ONE * (middle + 0.5)) - gain * np.float32(zero)
