@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from nbclient import NotebookClient
 
 def run(book: Any) -> None:
     """Execute all cells; raises what nbclient raises for an error in one."""
+    metadata = deepcopy(book.metadata)  # which would else say what Python ran here
     with tempfile.TemporaryDirectory(prefix="nb") as sockets, tempfile.TemporaryDirectory() as here:
         kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets}/k")
         client = NotebookClient(
@@ -26,6 +28,7 @@ def run(book: Any) -> None:
             record_timing=False, coalesce_streams=True,
         )  # fmt: skip
         client.execute(cwd=here)
+    book.metadata = metadata
     for cell in book.cells:
         cell.metadata.clear()
 
