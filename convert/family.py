@@ -8,18 +8,15 @@ from typing import Any
 
 from rl_mlx.convert.gguf.changes import Change
 from rl_mlx.convert.gguf.keys import Keys
-from rl_mlx.convert.gguf.writer import MetadataValue
+from rl_mlx.convert.gguf.writer import Fields
 from rl_mlx.convert.lazy import Arrays
 from rl_mlx.convert.shapes import Config, Shapes, outer
-
-Fields = dict[str, MetadataValue]
-
 
 RMS_NORM = "attention.layer_norm_rms_epsilon"
 LAYER_NORM = "attention.layer_norm_epsilon"
 
 
-def _as_said(config: Config) -> Mapping[str, Any]:  # noqa: ARG001
+def _nothing_more(config: Config) -> dict[str, Any]:  # noqa: ARG001
     return {}
 
 
@@ -54,7 +51,7 @@ class Family:
     block: Callable[[Config, int], Shapes]
     names: Mapping[str, str]
     read: Callable[[Keys], dict[str, Any]]
-    write: Callable[[Config], Fields]
+    write: Callable[[Config], Fields] = _nothing_more
     sanitize: Callable[[Config, Arrays], Arrays] = _as_it_is
     outer: Callable[[Config], Shapes] = outer
     layers: str = "model.layers"
@@ -62,7 +59,7 @@ class Family:
     period: int | None = None
     change: Callable[[Config, str], Change | None] = _unchanged
     older: Callable[[Config, str], Change | None] = _unchanged
-    complete: Callable[[Config], Mapping[str, Any]] = _as_said
+    complete: Callable[[Config], Mapping[str, Any]] = _nothing_more
     defaults: Mapping[str, Any] = field(default_factory=dict)
     exported_as: str | None = None
     mlx_type: str | None = None

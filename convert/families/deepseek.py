@@ -17,10 +17,11 @@ from rl_mlx.convert.families.words import (
     read_experts,
     shared_names,
 )
-from rl_mlx.convert.family import Family, Fields
+from rl_mlx.convert.family import Family
 from rl_mlx.convert.gguf.changes import F32, Change
 from rl_mlx.convert.gguf.keys import Keys
 from rl_mlx.convert.gguf.rope import rope_parameters
+from rl_mlx.convert.gguf.writer import Fields
 from rl_mlx.convert.lazy import Arrays, Lazy
 from rl_mlx.convert.shapes import Config, Shapes, Sizes, experts, linear, norms, pre_norms, size
 from rl_mlx.errors import UnsupportedModel

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from rl_mlx.convert.families.words import Fields, read_dense
+from rl_mlx.convert.families.words import read_dense
 from rl_mlx.convert.family import LAYER_NORM, Family
 from rl_mlx.convert.gguf.keys import Keys
 from rl_mlx.convert.lazy import Arrays
@@ -70,10 +70,6 @@ def _read(keys: Keys) -> dict[str, Any]:
     return {**read_dense(keys), "hidden_act": "gelu_new", "tie_word_embeddings": True}
 
 
-def _nothing(_config: Config) -> Fields:
-    return {}
-
-
 FAMILIES: Mapping[str, Family] = MappingProxyType({
     "gpt2": Family(
         architecture="gpt2",
@@ -88,7 +84,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
             "mlp.c_proj": "ffn_down",
         }),
         read=_read,
-        write=_nothing,
         sanitize=_sanitize,
         outer=_outer,
         layers="model.h",

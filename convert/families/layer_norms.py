@@ -14,7 +14,6 @@ from rl_mlx.convert.families.words import (
     ATTENTION,
     DENSE,
     PRE_NORMS,
-    Fields,
     has_bias,
     read_dense,
     read_windows,
@@ -24,6 +23,7 @@ from rl_mlx.convert.families.words import (
 from rl_mlx.convert.family import LAYER_NORM, Family
 from rl_mlx.convert.gguf.changes import Change, norms_from_one
 from rl_mlx.convert.gguf.keys import Keys
+from rl_mlx.convert.gguf.writer import Fields
 from rl_mlx.convert.lazy import Arrays, Lazy
 from rl_mlx.convert.shapes import (
     Config,
@@ -81,10 +81,6 @@ def _older_phi(config: Config, name: str) -> Change | None:
 
 def _read_phi(keys: Keys) -> dict[str, Any]:
     return {**read_dense(keys), "hidden_act": "gelu_new"}
-
-
-def _nothing(_config: Config) -> Fields:
-    return {}
 
 
 def _block_starcoder(config: Config, _layer: int) -> Shapes:
@@ -228,7 +224,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
             "mlp.fc2": "ffn_down",
         }),
         read=_read_phi,
-        write=_nothing,
         older=_older_phi,
         outer=_outer_phi,
         epsilon=("layer_norm_eps", LAYER_NORM),
@@ -294,7 +289,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
         block=_block_nemotron,
         names=MappingProxyType({**PRE_NORMS, **ATTENTION, **DENSE}),
         read=_read_nemotron,
-        write=_nothing,
         change=norms_from_one,
         outer=_outer,
         epsilon=("norm_eps", LAYER_NORM),

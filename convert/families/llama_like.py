@@ -11,7 +11,6 @@ from rl_mlx.convert.families.words import (
     ATTENTION,
     DENSE,
     PRE_NORMS,
-    Fields,
     has_bias,
     read_dense,
     scales,
@@ -19,6 +18,7 @@ from rl_mlx.convert.families.words import (
 from rl_mlx.convert.family import Family
 from rl_mlx.convert.gguf.changes import interleaved, norms_from_one
 from rl_mlx.convert.gguf.keys import Keys
+from rl_mlx.convert.gguf.writer import Fields
 from rl_mlx.convert.shapes import Config, Shapes, Sizes, attention, linear, mlp, pre_norms, size
 from rl_mlx.errors import UnsupportedModel
 
@@ -102,10 +102,6 @@ def _write_minicpm(config: Config) -> Fields:
     }
 
 
-def _nothing(_config: Config) -> Fields:
-    return {}
-
-
 def _block_ernie(config: Config, _layer: int) -> Shapes:
     s, bias = Sizes.of(config), bool(config.get("use_bias"))
     return pre_norms(s) | attention(s, bias=bias, out_bias=bias) | mlp(s, bias=bias)
@@ -148,7 +144,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
         block=_block,
         names=_NAMES,
         read=_read_gemma,
-        write=_nothing,
         change=norms_from_one,
         defaults=MappingProxyType({"tie_word_embeddings": True}),
     ),
@@ -180,7 +175,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
         block=_block_seed_oss,
         names=MappingProxyType({**_NAMES, "post_attention_layernorm": "post_attention_norm"}),
         read=_read_seed_oss,
-        write=_nothing,
         defaults=MappingProxyType({"attention_bias": True, "attention_out_bias": False}),
     ),
     "arcee": Family(
@@ -189,7 +183,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
         block=_block_arcee,
         names=_NAMES,
         read=_read_arcee,
-        write=_nothing,
         change=interleaved,
         defaults=MappingProxyType({"hidden_act": "relu2", "rms_norm_eps": 1e-5}),
     ),
@@ -209,7 +202,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
         block=_block_ernie,
         names=_NAMES,
         read=_read_ernie,
-        write=_nothing,
         defaults=MappingProxyType(
             {"use_bias": False, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
         ),

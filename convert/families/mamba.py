@@ -20,9 +20,10 @@ from rl_mlx.convert.families.words import (
     read_experts,
     shared_names,
 )
-from rl_mlx.convert.family import Family, Fields
+from rl_mlx.convert.family import Family
 from rl_mlx.convert.gguf.changes import Change
 from rl_mlx.convert.gguf.keys import Keys
+from rl_mlx.convert.gguf.writer import Fields
 from rl_mlx.convert.lazy import FLOATS, Arrays, Lazy
 from rl_mlx.convert.shapes import (
     Config,

@@ -16,9 +16,10 @@ from rl_mlx.convert.families.words import (
     read_attention,
     read_experts,
 )
-from rl_mlx.convert.family import Family, Fields
+from rl_mlx.convert.family import Family
 from rl_mlx.convert.gguf.changes import Change, half_split
 from rl_mlx.convert.gguf.keys import Keys
+from rl_mlx.convert.gguf.writer import Fields
 from rl_mlx.convert.lazy import Arrays
 from rl_mlx.convert.shapes import (
     Config,

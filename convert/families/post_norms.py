@@ -9,7 +9,6 @@ from typing import Any
 from rl_mlx.convert.families.words import (
     ATTENTION,
     DENSE,
-    Fields,
     has_bias,
     read_dense,
     read_windows,
@@ -17,6 +16,7 @@ from rl_mlx.convert.families.words import (
 )
 from rl_mlx.convert.family import Family
 from rl_mlx.convert.gguf.keys import Keys
+from rl_mlx.convert.gguf.writer import Fields
 from rl_mlx.convert.shapes import (
     Config,
     Shapes,
@@ -95,10 +95,6 @@ def _read_glm(keys: Keys) -> dict[str, Any]:
     return {**read_dense(keys), "attention_bias": has_bias(keys, "attn_q")}
 
 
-def _nothing(_config: Config) -> Fields:
-    return {}
-
-
 _EPSILON = MappingProxyType({"rms_norm_eps": 1e-5})
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({
@@ -118,7 +114,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
         block=_block_olmo,
         names=_NAMES,
         read=_read_olmo,
-        write=_nothing,
         defaults=_EPSILON,
     ),
     "exaone4": Family(
@@ -145,7 +140,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
             "mlp.down_proj": "ffn_down",
         }),
         read=_read_glm,
-        write=_nothing,
         defaults=MappingProxyType({"attention_bias": True, "rms_norm_eps": 1.5625e-07}),
     ),
 })  # fmt: skip

@@ -11,9 +11,10 @@ import numpy as np
 from rl_mlx.convert import floats
 from rl_mlx.convert.families import qwen_moe
 from rl_mlx.convert.families.words import ATTENTION, DENSE, read_attention, read_experts
-from rl_mlx.convert.family import Family, Fields
+from rl_mlx.convert.family import Family
 from rl_mlx.convert.gguf.changes import Change, Order
 from rl_mlx.convert.gguf.keys import Keys
+from rl_mlx.convert.gguf.writer import Fields
 from rl_mlx.convert.lazy import FLOATS, Arrays, Lazy
 from rl_mlx.convert.shapes import (
     Config,

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from rl_mlx.convert.families.mamba import bare_arrays, bare_outer
-from rl_mlx.convert.family import Family, Fields
+from rl_mlx.convert.family import Family
 from rl_mlx.convert.gguf.changes import Change
 from rl_mlx.convert.gguf.keys import Keys
+from rl_mlx.convert.gguf.writer import Fields
 from rl_mlx.convert.shapes import Config, Shapes, linear, norms, size
 from rl_mlx.errors import UnsupportedModel
 

@@ -7,11 +7,9 @@ from typing import Any
 import numpy as np
 
 from rl_mlx.convert.gguf.keys import Keys
-from rl_mlx.convert.gguf.writer import MetadataValue
+from rl_mlx.convert.gguf.writer import Fields
 from rl_mlx.convert.shapes import Config, Shapes, linear
 from rl_mlx.errors import FormatError
-
-Fields = dict[str, MetadataValue]
 
 ATTENTION = {
     "self_attn.q_proj": "attn_q",

@@ -17,12 +17,11 @@ from rl_mlx.convert.families import FAMILIES
 from rl_mlx.convert.families.words import write_windows
 from rl_mlx.convert.family import RMS_NORM
 from rl_mlx.convert.gguf.rope import FREQS, LONGROPE
-from rl_mlx.convert.gguf.writer import MetadataValue
+from rl_mlx.convert.gguf.writer import Fields
 from rl_mlx.convert.layout import feed_forward_width
 from rl_mlx.errors import UnsupportedModel
 
 Config = Mapping[str, Any]
-Fields = dict[str, MetadataValue]
 
 ARCHITECTURES: Mapping[str, str] = MappingProxyType(
     {

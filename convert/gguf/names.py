@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from rl_mlx.convert.families import FAMILIES
+from rl_mlx.convert.families.words import ATTENTION, DENSE, PRE_NORMS, expert_names
 
 _TOP: Mapping[str, str] = MappingProxyType(
     {
@@ -23,32 +24,11 @@ _TOP: Mapping[str, str] = MappingProxyType(
         "rope_freqs": "rope_freqs",
     }
 )
-_ATTENTION = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "self_attn.sinks": "attn_sinks.weight",
-}
-_DENSE = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
-_PRE_NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-_LLAMA = _PRE_NORMS | _ATTENTION | _DENSE
-
-
-def _experts(at: str, router: str) -> dict[str, str]:
-    return {
-        router: "ffn_gate_inp",
-        f"{at}.gate_proj": "ffn_gate_exps",
-        f"{at}.up_proj": "ffn_up_exps",
-        f"{at}.down_proj": "ffn_down_exps",
-    }
-
-
+_ATTENTION = ATTENTION | {"self_attn.sinks": "attn_sinks.weight"}
+_LLAMA = PRE_NORMS | _ATTENTION | DENSE
 _GEMMA = {
     **_ATTENTION,
-    **_DENSE,
+    **DENSE,
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
@@ -71,7 +51,7 @@ _LFM2 = {
     "feed_forward.w2": "ffn_down",
 }
 _PHI3 = {
-    **_PRE_NORMS,
+    **PRE_NORMS,
     "self_attn.qkv_proj": "attn_qkv",
     "self_attn.o_proj": "attn_output",
     "mlp.gate_up_proj": "ffn_up",
@@ -79,7 +59,7 @@ _PHI3 = {
 }
 _GPT_OSS = {
     **_ATTENTION,
-    **_experts("mlp.experts", "mlp.router"),
+    **expert_names("mlp.experts", "mlp.router"),
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "post_attention_norm",
 }
@@ -88,10 +68,10 @@ _BLOCKS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "llama": _LLAMA,
         "mistral": _LLAMA,
         "ministral3": _LLAMA,
-        "mixtral": _LLAMA | _experts("block_sparse_moe.switch_mlp", "block_sparse_moe.gate"),
+        "mixtral": _LLAMA | expert_names("block_sparse_moe.switch_mlp", "block_sparse_moe.gate"),
         "qwen2": _LLAMA,
         "qwen3": _LLAMA,
-        "qwen3_moe": _LLAMA | _experts("mlp.switch_mlp", "mlp.gate"),
+        "qwen3_moe": _LLAMA | expert_names("mlp.switch_mlp", "mlp.gate"),
         "gemma2": _GEMMA,
         "gemma3_text": _GEMMA,
         "phi3": _PHI3,

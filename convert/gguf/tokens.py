@@ -20,10 +20,9 @@ from tokenizers import normalizers, pre_tokenizers
 from rl_mlx.convert.files import read_json
 from rl_mlx.convert.gguf.pretokenize import PRE_TOKENIZERS, PreTokenizer
 from rl_mlx.convert.gguf.vocab import TokenType
-from rl_mlx.convert.gguf.writer import MetadataValue
+from rl_mlx.convert.gguf.writer import Fields
 from rl_mlx.errors import FormatError
 
-Fields = dict[str, MetadataValue]
 _KEY = "tokenizer.ggml."
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPACE = "\u2581"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rl_mlx.engine.chunk import STEPS, ChunkSize
 
 
-@settings(deadline=None)
 @given(
     fixed=st.floats(0, 1.2),
     token=st.floats(0.003, 0.25),
