@@ -168,7 +168,7 @@ def _layers(config: dict[str, Any]) -> None:
                 "full_attention" if i in full else "conv" for i in range(count)
             ]
         elif usual := _period(config):
-            said = config.get("sliding_window_pattern")
+            said = config.get("sliding_window_pattern") or usual
             config["layer_types"] = layer_types(count, said if isinstance(said, int) else usual)
     types = config.get("layer_types")
     if family == "lfm2" and types:

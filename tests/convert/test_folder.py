@@ -8,7 +8,7 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from rl_mlx.convert.folder import FolderWeights
@@ -212,6 +212,8 @@ FAMILIES = ["llama", "mixtral", "qwen3_moe", "gemma2", "gemma3_text", "phi3", "g
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(FAMILIES), st.dictionaries(KEYS, JSON, max_size=4))
+@example("gemma2", {"sliding_window_pattern": False})
+@example("gemma3_text", {"sliding_window_pattern": 0})
 def test_no_config_crashes(any_folder, hf_config, family, changes):
     config = hf_config(model_type=family) | changes
     (any_folder / "config.json").write_text(json.dumps(config))
