@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import rl_mlx
+from rl_mlx.convert import kernels
 from rl_mlx.settings import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,6 +68,15 @@ def test_every_package_folder_is_listed():
         for path in (ROOT / "convert").rglob("__init__.py")
     }
     assert set(setuptools["packages"]) == folders
+
+
+def test_the_compiled_part_may_be_missing_and_is_of_this_version():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    (extension,) = setuptools["ext-modules"]
+    assert extension["optional"] is True
+    (source,) = extension["sources"]
+    version = re.search(r"kernels_version = (\d+);", (ROOT / source).read_text())
+    assert int(version[1]) == kernels._VERSION
 
 
 def test_the_version_is_one():

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rl_mlx.convert import bits as stream
+from rl_mlx.convert import kernels
 from rl_mlx.convert.chunks import in_chunks
 from rl_mlx.convert.floats import DTYPES, narrow, overflows
 from rl_mlx.convert.gguf import lattice
@@ -153,6 +154,9 @@ def _codes(
     blocks: U8, kind: Lattice, bits: int, out: npt.NDArray[np.uint32]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Pack the codes of some blocks into ``out``; returns scales and biases."""
+    moved = kernels.move(blocks, kind.type, bits, out)
+    if moved is not None:
+        return moved
     if isinstance(kind, Nibbles) and bits == 4:
         out[:] = kind.pairs(blocks).view(np.uint32)
         scale, zero, bias = kind.scaling(blocks)

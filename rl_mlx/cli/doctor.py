@@ -31,6 +31,10 @@ _PROBE = (
     "print(json.dumps(dataclasses.asdict(report())))"
 )
 _TIMEOUT = 120.0
+_KERNELS = "GGUF for MLX by compiled loops"
+_NO_KERNELS = (
+    "GGUF for MLX by NumPy, in several times the time: install a C compiler, then rl-mlx once more"
+)
 
 
 def command(json: Json = False) -> None:
@@ -48,6 +52,7 @@ def examine() -> dict[str, Any]:
     """Everything that ``doctor`` says, as JSON types."""
     from rl_mlx.backends.choice import choose
     from rl_mlx.backends.llamacpp.options import in_force
+    from rl_mlx.convert.kernels import library
 
     settings = load_settings({})
     chosen = {"choice": choose(settings).why, "options": in_force(settings)}
@@ -59,6 +64,7 @@ def examine() -> dict[str, Any]:
         "system": platform.platform(),
         "backends": [hardware.pop("mlx"), hardware.pop("llamacpp")],
         "hardware": hardware,
+        "kernels": library() is not None,
         "packages": {name: _version(name) for name in _PACKAGES},
         "stores": _stores(),
         "folders": _folders(),
@@ -176,6 +182,7 @@ def _print(found: dict[str, Any]) -> None:
         )
         print(f"  {backend['name']:<12} {state}")
     print(f"  {'taken':<12} {hardware['choice']}")
+    print(f"  {'repacking':<12} {_KERNELS if found['kernels'] else _NO_KERNELS}")
     for line in hardware["advice"]:
         print(f"  advice: {line}")
     if hardware["options"]:

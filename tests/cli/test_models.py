@@ -11,6 +11,7 @@ import pytest
 from rl_mlx.backends.llamacpp import LlamaCppOptions
 from rl_mlx.cli import doctor
 from rl_mlx.cli.main import main
+from rl_mlx.convert import kernels
 from rl_mlx.errors import ModelNotFound
 from rl_mlx.store import ModelFiles
 from rl_mlx.store.hub import HubRef
@@ -124,6 +125,18 @@ def test_options_in_force_are_shown(
     config.write_text('backend = "llamacpp"\n')
     assert main(["doctor"]) == 2
     assert "unknown backend 'llamacpp'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("built", "words"), [(object(), "compiled"), (None, "a C compiler")])
+def test_doctor_says_whether_loops_were_compiled(
+    home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, built: object, words: str
+) -> None:
+    monkeypatch.setattr(kernels, "library", lambda: built)
+    assert main(["doctor"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "repacking" in line]
+    assert words in line
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kernels"] is (built is not None)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rl_mlx.convert import kernels
 from rl_mlx.convert.bits import pack
 from rl_mlx.convert.gguf import repack as repack_module
 from rl_mlx.convert.gguf.blocks import BLOCKS, Lattice, block
@@ -34,6 +35,15 @@ FILES = [
     *("IQ4_XS", "Q2_K", "Q3_K_M", "Q4_0", "Q4_1", "Q4_K_M"),
     *("Q5_0", "Q5_1", "Q5_K_M", "Q6_K", "Q8_0", "TQ2_0"),
 ]
+
+
+@pytest.fixture(params=["compiled", "NumPy"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loops of both kinds, where they were compiled."""
+    if request.param == "NumPy":
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    elif kernels.library() is None:
+        pytest.skip("no C compiler was there when the package was installed")
 
 
 def floats(array: npt.NDArray[Any] | None, dtype: FloatType) -> mx.array | None:
@@ -86,6 +96,7 @@ def test_containers_of_the_exact_types() -> None:
     }
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("ggml_type", EXACT, ids=lambda t: t.name)
 def test_exact_containers_hold_the_very_values(ggml_type: GGMLType, sound_rows: Rows) -> None:
     raw = sound_rows(ggml_type, 6, 5)
@@ -133,6 +144,7 @@ def test_narrow_scales_of_the_others_cost_little(
     assert 0 < error < bound
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("ggml_type", ROUNDED, ids=lambda t: t.name)
 def test_rounded_containers_add_less_than_a_tenth_of_the_noise(
     ggml_type: GGMLType, ggml: Any
@@ -145,6 +157,7 @@ def test_rounded_containers_add_less_than_a_tenth_of_the_noise(
     assert 0 < added < 0.1 * ((values - weights) ** 2).mean()
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("ggml_type", LATTICES, ids=lambda t: t.name)
 def test_every_width_stays_within_a_step(ggml_type: GGMLType, sound_rows: Rows) -> None:
     """Codes are never cut off at an end: no weight moves by more than a step of its container."""
@@ -162,6 +175,7 @@ def test_every_width_stays_within_a_step(ggml_type: GGMLType, sound_rows: Rows) 
             assert not off.any(), bits
 
 
+@pytest.mark.usefixtures("either")
 def test_a_scale_beyond_float16_keeps_the_tensor_in_float32(with_halves: Rows) -> None:
     halves = np.array([0.5, 60000], np.float16)  # the bias is 8 times the scale
     raw = with_halves(GGMLType.Q4_0, halves).reshape(1, -1)
@@ -172,6 +186,7 @@ def test_a_scale_beyond_float16_keeps_the_tensor_in_float32(with_halves: Rows) -
     assert repacked(raw[:, :18], GGMLType.Q4_0, "float16").dtype == "float16"
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_an_infinite_scale_is_no_reason_to_fail(dtype: FloatType, with_halves: Rows) -> None:
     raw = with_halves(GGMLType.Q6_K, np.array([np.inf, np.nan, 0], np.float16)).reshape(1, -1)
