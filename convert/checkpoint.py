@@ -6,10 +6,12 @@ up with spaces, as the format allows.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +30,7 @@ SHARD_BYTES = 5_000_000_000
 _FLOATS: Mapping[str, str] = MappingProxyType(
     {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 )
+_FLUSH = 32 << 20  # bytes after which the disk is set to work, while others are computed
 _ENTRY = 160  # bytes of JSON that a tensor's type, shape and place take at most, for 4 axes
 
 
@@ -58,6 +61,9 @@ class ShardWriter:
         self._shards: list[list[_Part]] = []
         self._file: int | None = None
         self._current: list[_Part] = []
+        self._disk = ThreadPoolExecutor(1, "disk")
+        self._flushes: list[Future[None]] = []
+        self._unflushed = 0
 
     def begin(self, name: str, shape: tuple[int, ...], holding: Holding) -> None:
         """Make room for a tensor; what was written of one with the same name is forgotten."""
@@ -73,6 +79,7 @@ class ShardWriter:
             self._current.append(_Part(array, dtype, dims, end, size))
             end += size
         self._shards[-1] += self._current
+        _reserve(self._file, 8 + self._room + end - nbytes, nbytes)
 
     def write(self, piece: Tensor, start: int, rows: int) -> None:
         """Rows from ``start`` on of the ``rows`` of the tensor that was begun."""
@@ -84,6 +91,10 @@ class ShardWriter:
             before = part.nbytes // rows * start
             assert before + array.nbytes <= part.nbytes
             _write_at(self._file, array, 8 + self._room + part.start + before)
+        self._unflushed += sum(array.nbytes for array in arrays)  # near enough, of all threads
+        if self._unflushed >= _FLUSH:
+            self._unflushed = 0
+            self._flushes.append(self._disk.submit(os.fsync, self._file))
 
     def finish(self, parameters: int) -> list[str]:
         """Write headers and index; returns the names of the files."""
@@ -106,6 +117,7 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Let go of the file that is being written."""
+        self._disk.shutdown(cancel_futures=True)
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -145,7 +157,11 @@ class ShardWriter:
         octets = self._room.to_bytes(8, "little") + text.ljust(self._room)
         _write_at(self._file, np.frombuffer(octets, np.uint8), 0)
         os.ftruncate(self._file, 8 + self._room + self._end())
-        self.abandon()
+        for flush in self._flushes:
+            flush.result()
+        self._flushes = []
+        os.close(self._file)
+        self._file = None
 
 
 _WHOLE = "model.safetensors"
@@ -169,6 +185,17 @@ def _arrays(
         kind, each = (_FLOATS[holding.dtype], size) if affine else ("U8", 1)
         found.append((f"{module}.{part}", kind, groups, count // holding.group_size * each))
     return found
+
+
+def _reserve(file: int | None, offset: int, size: int) -> None:
+    """Take room on the disk where that is known: a full one is seen now, and writing is cheaper."""
+    if file is None or not size or not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file, offset, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # of file systems that cannot
+            raise
 
 
 def _write_at(file: int, array: npt.NDArray[Any], offset: int) -> None:

@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from rl_mlx.convert.bits import WIDTHS, unpack
 from rl_mlx.convert.gguf.blocks import Lattice, block
+from rl_mlx.convert.gguf.blocks.base import F32
 from rl_mlx.convert.gguf.repack import Container, container
 from rl_mlx.convert.gguf.types import GGMLType
 from rl_mlx.convert.pieces import Blocks, Holding, Piece, Source, Unfit, hold, joined, values
@@ -199,9 +200,8 @@ class Sample:
         self.columns = source.columns
         runs = _runs(source.rows, source.columns)
         self._piece = joined([source.read(start, stop) for start, stop in runs])
-        self._values = values(self._piece)
+        self._values, self._own = _decoded(self._piece)
         self._signal = _power(self._values)
-        self._own = own_noise(self._piece)
 
     @property
     def ggml_type(self) -> GGMLType:
@@ -256,20 +256,27 @@ def own_noise(piece: Piece) -> float | None:
 
     None for plain floats, which are taken for what was trained.
     """
+    return _decoded(piece)[1]
+
+
+def _decoded(piece: Piece) -> tuple[F32, float | None]:
+    """The values of some rows, float32 ``[rows, columns]``, and their own noise."""
     if isinstance(piece, Dense):
-        return None
+        return values(piece), None
     if isinstance(piece, Packed):
-        return _packed_noise(piece)
+        return values(piece), _packed_noise(piece)
     kind = block(piece.type)
     assert isinstance(kind, Lattice)
-    codes = kind.codes(np.ascontiguousarray(piece.raw).reshape(-1, kind.type_size))
+    with np.errstate(all="ignore"):  # damaged scales are no numbers, and not counted
+        codes = kind.codes(np.ascontiguousarray(piece.raw).reshape(-1, kind.type_size))
+        wide = codes.values().reshape(len(piece.raw), -1)
     cells = _cells(kind.levels)
     noise = _power(codes.scale) * kind.group * float(cells[kind.levels[0]])
     if np.ptp(cells[list(kind.levels)]):
         each = cells[codes.q].reshape(*codes.scale.shape, -1).sum(axis=-1)
         noise = _power(codes.scale * np.sqrt(each))
     rate = _RATES.get(piece.type)
-    return noise if rate is None else max(noise, _power(kind.decode(piece.raw)) * 4**-rate)
+    return wide, noise if rate is None else max(noise, _power(wide) * 4**-rate)
 
 
 def _packed_noise(tensor: Packed) -> float:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rl_mlx.convert import kernels
 from rl_mlx.convert.weights import FloatType
 
 DTYPES: MappingProxyType[FloatType, np.dtype[Any]] = MappingProxyType(
@@ -32,9 +31,7 @@ def narrow(values: npt.NDArray[np.float32], dtype: FloatType) -> npt.NDArray[Any
     if dtype == "float32":
         return values.astype(np.float32, copy=False)
     if dtype == "float16":
-        flat = np.ascontiguousarray(values).reshape(-1)
-        halves = kernels.to_float16(flat)
-        return (_halves(flat) if halves is None else halves).reshape(values.shape)
+        return _halves(np.ascontiguousarray(values).reshape(-1)).reshape(values.shape)
     wide = values.view(np.uint32)
     upper = wide >> np.uint32(16)
     rounded = wide + ((upper & np.uint32(1)) + np.uint32(0x7FFF))

@@ -1,9 +1,8 @@
 /* GGML blocks into MLX's affine containers: what repack.py does in NumPy, bit for bit.
  *
- * A function a type: `blocks` of the file become codes (MLX's bit stream), and a float32 scale and
- * bias for every 32 weights. It returns 0, and leaves the work to NumPy, at a scale that is no
- * finite number. Layouts are those of ggml-common.h; the host is little-endian. Plain C99 without
- * Python's headers, called through ctypes: see kernels.py.
+ * A function a type: blocks of the file become codes, MLX's bit stream, and a scale and a bias for
+ * every 32 weights; 0 at a scale that is no finite number. Layouts are those of ggml-common.h; the
+ * host is little-endian. Plain C99 without Python's headers, called through ctypes: kernels.py.
  */
 
 #include <math.h>
@@ -18,9 +17,10 @@
 #endif
 
 #define EACH 0x0101010101010101ULL
+#define PART 1024 /* groups worked on at a time */
 
 /* kernels.py takes a library with its own number alone: an editable install may have an old one. */
-EXPORT const int32_t kernels_version = 1;
+EXPORT const int32_t kernels_version = 2;
 
 /* Whether the float16 at `from` is finite; its value. */
 static int half(const uint8_t *from, float *value) {
@@ -71,7 +71,7 @@ static inline int scales_k(const uint8_t *block, float *scale, float *bias) {
     return 1;
 }
 
-EXPORT int Q4_0(const uint8_t *block, size_t count, uint8_t *out, float *scale, float *bias) {
+static int Q4_0(const uint8_t *block, size_t count, uint8_t *out, float *scale, float *bias) {
     for (; count--; block += 18, out += 16, scale++, bias++) {
         if (!half(block, scale)) return 0;
         *bias = *scale * -8.0f;
@@ -80,7 +80,7 @@ EXPORT int Q4_0(const uint8_t *block, size_t count, uint8_t *out, float *scale, 
     return 1;
 }
 
-EXPORT int Q4_1(const uint8_t *block, size_t count, uint8_t *out, float *scale, float *bias) {
+static int Q4_1(const uint8_t *block, size_t count, uint8_t *out, float *scale, float *bias) {
     for (; count--; block += 20, out += 16, scale++, bias++) {
         if (!(half(block, scale) & half(block + 2, bias))) return 0;
         pair_nibbles(block + 4, 16, out);
@@ -101,7 +101,7 @@ static inline void fives(const uint8_t *from, uint8_t *out) {
     pack_fives((const uint8_t *)codes, 32, out);
 }
 
-EXPORT int Q5_0(const uint8_t *block, size_t count, uint8_t *out, float *scale, float *bias) {
+static int Q5_0(const uint8_t *block, size_t count, uint8_t *out, float *scale, float *bias) {
     for (; count--; block += 22, out += 20, scale++, bias++) {
         if (!half(block, scale)) return 0;
         *bias = *scale * -16.0f;
@@ -110,7 +110,7 @@ EXPORT int Q5_0(const uint8_t *block, size_t count, uint8_t *out, float *scale, 
     return 1;
 }
 
-EXPORT int Q5_1(const uint8_t *block, size_t count, uint8_t *out, float *scale, float *bias) {
+static int Q5_1(const uint8_t *block, size_t count, uint8_t *out, float *scale, float *bias) {
     for (; count--; block += 24, out += 20, scale++, bias++) {
         if (!(half(block, scale) & half(block + 2, bias))) return 0;
         fives(block + 4, out);
@@ -118,7 +118,7 @@ EXPORT int Q5_1(const uint8_t *block, size_t count, uint8_t *out, float *scale, 
     return 1;
 }
 
-EXPORT int Q8_0(const uint8_t *block, size_t count, uint8_t *out, float *scale, float *bias) {
+static int Q8_0(const uint8_t *block, size_t count, uint8_t *out, float *scale, float *bias) {
     for (; count--; block += 34, out += 32, scale++, bias++) {
         if (!half(block, scale)) return 0;
         *bias = *scale * -128.0f;
@@ -127,7 +127,7 @@ EXPORT int Q8_0(const uint8_t *block, size_t count, uint8_t *out, float *scale, 
     return 1;
 }
 
-EXPORT int Q4_K(const uint8_t *block, size_t count, uint8_t *out, float *scale, float *bias) {
+static int Q4_K(const uint8_t *block, size_t count, uint8_t *out, float *scale, float *bias) {
     for (; count--; block += 144, out += 128, scale += 8, bias += 8) {
         if (!scales_k(block, scale, bias)) return 0;
         for (int i = 0; i < 128; i += 32) pair_nibbles(block + 16 + i, 32, out + i);
@@ -135,7 +135,7 @@ EXPORT int Q4_K(const uint8_t *block, size_t count, uint8_t *out, float *scale, 
     return 1;
 }
 
-EXPORT int Q5_K(const uint8_t *block, size_t count, uint8_t *out, float *scale, float *bias) {
+static int Q5_K(const uint8_t *block, size_t count, uint8_t *out, float *scale, float *bias) {
     for (; count--; block += 176, out += 160, scale += 8, bias += 8) {
         uint8_t fifth[32], codes[256];
         if (!scales_k(block, scale, bias)) return 0;
@@ -175,7 +175,7 @@ static inline uint8_t merged(uint8_t code, float by, float plus) {
     return (uint8_t)(rounded > 255 ? 255 : rounded);
 }
 
-EXPORT int Q6_K(const uint8_t *block, size_t count, uint8_t *out, float *scale, float *bias) {
+static int Q6_K(const uint8_t *block, size_t count, uint8_t *out, float *scale, float *bias) {
     for (; count--; block += 210, out += 256, scale += 8, bias += 8) {
         uint8_t codes[256];
         float d, two[16], by[16], plus[16];
@@ -204,8 +204,8 @@ EXPORT int Q6_K(const uint8_t *block, size_t count, uint8_t *out, float *scale, 
     return 1;
 }
 
-/* float32 rounded to float16; 0 where one is or becomes infinite, or is NaN (floats.py). */
-EXPORT int to_float16(const uint32_t *restrict values, size_t count, uint16_t *restrict out) {
+/* Numbers that are finite, rounded to float16; 0 where one becomes infinite. */
+static int to_float16(const uint32_t *restrict values, size_t count, uint16_t *restrict out) {
     uint32_t large = 0;
     for (size_t i = 0; i < count; i++) {
         const uint32_t size = values[i] & 0x7FFFFFFF, subnormal = -(uint32_t)(size < 0x38800000);
@@ -217,4 +217,48 @@ EXPORT int to_float16(const uint32_t *restrict values, size_t count, uint16_t *r
             | ((small.bits - 0x3F000000) & subnormal));
     }
     return !large;
+}
+
+static int to_bfloat16(const uint32_t *restrict values, size_t count, uint16_t *restrict out) {
+    for (size_t i = 0; i < count; i++)
+        out[i] = (uint16_t)((values[i] + 0x7FFF + (values[i] >> 16 & 1)) >> 16);
+    return 1;
+}
+
+/* `count` numbers to place `at` of an array of float32 (`dtype` 0), float16 (1) or bfloat16 (2). */
+static int keep(const float *values, size_t count, int dtype, void *array, size_t at) {
+    uint32_t bits[PART];
+    memcpy(bits, values, 4 * count);
+    if (dtype == 1) return to_float16(bits, count, (uint16_t *)array + at);
+    if (dtype == 2) return to_bfloat16(bits, count, (uint16_t *)array + at);
+    memcpy((float *)array + at, values, 4 * count);
+    return 1;
+}
+
+static const struct {
+    int type; /* ggml's number */
+    int (*move)(const uint8_t *, size_t, uint8_t *, float *, float *);
+    size_t block_bytes, out_bytes, groups;
+} TYPES[] = {
+    {2, Q4_0, 18, 16, 1}, {3, Q4_1, 20, 16, 1}, {6, Q5_0, 22, 20, 1}, {7, Q5_1, 24, 20, 1},
+    {8, Q8_0, 34, 32, 1}, {12, Q4_K, 144, 128, 8}, {13, Q5_K, 176, 160, 8}, {14, Q6_K, 210, 256, 8},
+};
+
+/* Blocks as codes, scales and biases, the latter two in `dtype`. 0 leaves it to NumPy: at a scale
+ * that is no finite number, or is none in `dtype`, and for types that are not here. */
+EXPORT int move(int type, int dtype, const uint8_t *blocks, size_t count, uint8_t *out,
+                void *scales, void *biases) {
+    size_t kind = 0, part;
+    while (TYPES[kind].type != type)
+        if (++kind == sizeof TYPES / sizeof *TYPES) return 0;
+    const size_t groups = TYPES[kind].groups;
+    for (size_t done = 0; done < count; done += part) {
+        float scale[PART], bias[PART]; /* stay in the cache until they are rounded */
+        part = PART / groups < count - done ? PART / groups : count - done;
+        if (!TYPES[kind].move(blocks + done * TYPES[kind].block_bytes, part,
+                              out + done * TYPES[kind].out_bytes, scale, bias)
+            || !keep(scale, part * groups, dtype, scales, done * groups)
+            || !keep(bias, part * groups, dtype, biases, done * groups)) return 0;
+    }
+    return 1;
 }

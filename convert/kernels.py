@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rl_mlx.convert.gguf.types import GGMLType
+from rl_mlx.convert.weights import FloatType
 
 BITS = MappingProxyType(
     {
@@ -31,7 +32,8 @@ BITS = MappingProxyType(
     }
 )
 """The types that are moved, and how wide their codes are then, in groups of 32."""
-_VERSION = 1  # that of kernels.c
+_FLOATS: tuple[FloatType, ...] = ("float32", "float16", "bfloat16")  # as kernels.c counts them
+_VERSION = 2  # that of kernels.c
 
 
 @cache
@@ -49,37 +51,25 @@ def library() -> ctypes.CDLL | None:
 
 
 def move(
-    blocks: npt.NDArray[np.uint8], kind: GGMLType, bits: int, out: npt.NDArray[np.uint32]
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None:
-    """Pack the codes of uint8 ``[n, type_size]`` into ``out``; returns float32 scales and biases.
+    blocks: npt.NDArray[np.uint8],
+    kind: GGMLType,
+    bits: int,
+    dtype: FloatType,
+    codes: npt.NDArray[np.uint32],
+    scales: npt.NDArray[Any],
+    biases: npt.NDArray[Any],
+) -> bool:
+    """Fill MLX's arrays from uint8 ``[n, type_size]``, scales and biases ``[n, groups]``.
 
-    None where that is left to NumPy: other types and widths, and scales that are no finite number.
+    False leaves it to NumPy: other types and widths, and scales that are no finite number, or none
+    in ``dtype``.
     """
     built = library()
     if built is None or BITS.get(kind) != bits:
-        return None
-    assert blocks.flags.c_contiguous
-    assert out.flags.c_contiguous
-    scale = np.empty((len(blocks), kind.block_size // 32), np.float32)
-    bias = np.empty_like(scale)
-    done = built[kind.name](_at(blocks), _count(blocks), _at(out), _at(scale), _at(bias))
-    return (scale, bias) if done else None
-
-
-def to_float16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16] | None:
-    """Contiguous float32 rounded to float16; None where one is too large for it, or NaN."""
-    built = library()
-    if built is None:
-        return None
-    assert values.flags.c_contiguous
-    halves = np.empty(values.shape, np.float16)
-    done = built.to_float16(_at(values), ctypes.c_size_t(values.size), _at(halves))
-    return halves if done else None
-
-
-def _at(array: npt.NDArray[Any]) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.ctypes.data)
-
-
-def _count(array: npt.NDArray[Any]) -> ctypes.c_size_t:
-    return ctypes.c_size_t(len(array))
+        return False
+    arrays = (codes, scales, biases)
+    assert all(a.flags.c_contiguous for a in (blocks, *arrays))
+    where = [ctypes.c_void_p(a.ctypes.data) for a in (blocks, *arrays)]
+    number = ctypes.c_int(_FLOATS.index(dtype))
+    count = ctypes.c_size_t(len(blocks))
+    return bool(built.move(ctypes.c_int(kind), number, where[0], count, *where[1:]))

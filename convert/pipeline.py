@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, Executor, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +46,7 @@ from rl_mlx.errors import FormatError, InvalidRequest, UnsupportedModel
 OnProgress = Callable[[int, int], None]
 # Weights that a thread works on at a time: packed ones, and floats, stay in its cache.
 _SLICE, _FLOAT_SLICE = 1 << 20, 1 << 18
-_BATCH = 16  # slices after which the pages that were read are given back
+_ROUND = 32  # slices after which the pages that were read are given back, and progress is told
 _MARGIN = 64 << 20  # bytes for tokenizer, headers and the file system's own
 # Files of a folder that are copied, besides the weights: tokenizer, templates, licence.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -266,16 +266,25 @@ class _Conversion:
         """Slices of a tensor, each read, held and written by one thread, in its cache."""
         step = max(1, (_SLICE if part.packed else _FLOAT_SLICE) // max(part.columns, 1))
 
-        def work(start: int) -> int:
-            stop = min(start + step, part.rows)
-            shards.write(hold(part.read(start, stop), holding), start, part.rows)
-            return stop
+        def share(waiting: Iterator[int]) -> None:
+            for start in waiting:  # whoever is free takes the next one
+                stop = min(start + step, part.rows)
+                shards.write(hold(part.read(start, stop), holding), start, part.rows)
 
         starts = range(0, part.rows, step)
-        for first in range(0, len(starts), _BATCH):
-            for stop in self._pool.map(work, starts[first : first + _BATCH]):
-                self._tell(part.nbytes * stop // part.rows)
+        for first in range(0, len(starts), _ROUND):
+            waiting = iter(starts[first : first + _ROUND])
+            shares = [self._pool.submit(share, waiting) for _ in range(THREADS)]
+            try:
+                wait(shares, return_when=FIRST_EXCEPTION)
+            finally:  # nobody writes any more when this one's place is given away
+                deque(waiting, maxlen=0)
+                wait(shares)
+            for each in shares:
+                each.result()
             self._weights.release()
+            done = min(part.rows, (first + _ROUND) * step)
+            self._tell(part.nbytes * done // part.rows)
 
     def _tell(self, of_this: int) -> None:
         self._progress(self._done + of_this, self._total)

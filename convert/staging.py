@@ -32,6 +32,7 @@ def new_folder(destination: Path, *, force: bool) -> Iterator[Path]:
         with _room_on_disk(destination):
             part.mkdir()
             yield part
+            _to_disk(*part.rglob("*"))
             if destination.exists():
                 destination.rename(old)
             part.rename(destination)
@@ -54,9 +55,18 @@ def new_file(destination: Path) -> Iterator[Path]:
     try:
         with _room_on_disk(destination):
             yield part
+            _to_disk(part)
             part.replace(destination)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _to_disk(*paths: Path) -> None:
+    """Wait until files are on the disk: a power cut leaves no hollow one under the final name."""
+    for path in paths:
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file)
 
 
 @contextmanager

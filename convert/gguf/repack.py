@@ -138,6 +138,9 @@ def _affine(raw: U8, kind: Lattice, made: Container, dtype: FloatType) -> Packed
     scales, biases = np.empty(groups, DTYPES[dtype]), np.empty(groups, DTYPES[dtype])
 
     def work(chunk: slice) -> None:
+        parts = weight[chunk], scales[chunk], biases[chunk]
+        if kernels.move(blocks[chunk], kind.type, made.bits, dtype, *parts):
+            return
         with np.errstate(all="ignore"):  # a damaged scale makes NaN weights, as ggml has it
             scale, bias = _codes(blocks[chunk], kind, made.bits, weight[chunk])
             for values, out in ((scale, scales), (bias, biases)):
@@ -154,9 +157,6 @@ def _codes(
     blocks: U8, kind: Lattice, bits: int, out: npt.NDArray[np.uint32]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Pack the codes of some blocks into ``out``; returns scales and biases."""
-    moved = kernels.move(blocks, kind.type, bits, out)
-    if moved is not None:
-        return moved
     if isinstance(kind, Nibbles) and bits == 4:
         out[:] = kind.pairs(blocks).view(np.uint32)
         scale, zero, bias = kind.scaling(blocks)

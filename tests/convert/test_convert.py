@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load, load_model
+from safetensors.numpy import load_file
 
 from rl_mlx import LLM
-from rl_mlx.convert import Recipe, Report, convert, inspect
+from rl_mlx.convert import Recipe, Report, checkpoint, convert, inspect, pipeline
 from rl_mlx.convert.open import open_weights
+from rl_mlx.convert.pieces import Holding, Piece, Unfit
+from rl_mlx.convert.weights import Tensor
 from rl_mlx.errors import (
     DestinationExists,
     FormatError,
@@ -342,6 +348,71 @@ def test_a_disk_that_fills_up(
     with pytest.raises(OutOfMemory, match="disk is full"):
         convert(source, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system reserves no room")
+def test_room_is_taken_where_the_file_system_can(
+    make_gguf: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, number = make_gguf(), [errno.ENOSPC]
+
+    def fallocate(*_: Any) -> None:
+        raise OSError(number[0], "cannot")
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    with pytest.raises(OutOfMemory, match="disk is full"):
+        convert(source, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
+    number[0] = errno.EOPNOTSUPP
+    convert(source, tmp_path / "out")
+    monkeypatch.undo()
+    convert(source, tmp_path / "reserved")
+    weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("out", "reserved")]
+    assert weights[0] == weights[1]
+
+
+def test_a_disk_that_fails_while_others_compute(
+    make_gguf: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_gguf()
+
+    def fsync(_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "_FLUSH", 1)
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error"):
+        convert(source, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_a_container_that_proves_too_narrow_leaves_no_trace(
+    make_gguf: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One slice does not fit while other threads still write theirs."""
+    kind = gguf.GGMLQuantizationType.Q4_0
+    source = make_gguf(types={f"blk.0.attn_{part}.weight": kind for part in ("q", "k", "v")})
+    convert(source, tmp_path / "expected", scales="float32")
+    real, calls = pipeline.hold, itertools.count()
+
+    def hold(piece: Piece, holding: Holding) -> Tensor:
+        if holding.bits and holding.dtype == "float16":
+            if next(calls) % 3 == 2:
+                raise Unfit
+            time.sleep(0.02)
+        return real(piece, holding)
+
+    monkeypatch.setattr(pipeline, "hold", hold)
+    monkeypatch.setattr(pipeline, "_SLICE", 256)
+    convert(source, tmp_path / "out")
+    folders = (tmp_path / name / "model.safetensors" for name in ("expected", "out"))
+    expected, got = (load_file(path) for path in folders)
+    packed = [name for name in got if name.removesuffix(".scales") + ".biases" in got]
+    assert len(packed) == 3
+    for name in packed:
+        for part in ("scales", "biases", "weight"):
+            array = name.removesuffix("scales") + part
+            assert np.array_equal(expected[array], got[array]), array
 
 
 def test_interrupted(make_gguf: Callable[..., Path], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from rl_mlx.convert import kernels
-from rl_mlx.convert.floats import narrow
+from rl_mlx.convert.floats import DTYPES
 from rl_mlx.convert.gguf.repack import repack
 from rl_mlx.convert.gguf.types import GGMLType
 from rl_mlx.convert.weights import FloatType, Packed
@@ -78,15 +78,21 @@ def test_any_blocks_are_moved_as_by_numpy(made: tuple[GGMLType, U8], dtype: Floa
     assert same(finite(kind, blocks.copy()), kind, dtype)
 
 
+def move(blocks: U8, kind: GGMLType, bits: int | None = None, dtype: FloatType = "float16") -> bool:
+    width, groups = kernels.BITS[kind], (len(blocks), kind.block_size // 32)
+    codes = np.empty((len(blocks), kind.block_size * width // 32), np.uint32)
+    scales, biases = np.empty(groups, DTYPES[dtype]), np.empty(groups, DTYPES[dtype])
+    return kernels.move(blocks, kind, bits or width, dtype, codes, scales, biases)
+
+
 @built
 @pytest.mark.parametrize("kind", TYPES, ids=lambda t: t.name)
 def test_many_blocks_are_moved_as_by_numpy(kind: GGMLType) -> None:
     rng = np.random.default_rng(int(kind))
     blocks = finite(kind, rng.integers(0, 256, (3000, kind.block_bytes), np.uint8))
-    out = np.empty((len(blocks), kind.block_size * kernels.BITS[kind] // 32), np.uint32)
-    assert kernels.move(blocks, kind, kernels.BITS[kind], out) is not None
-    assert same(blocks, kind, "float32")
-    assert same(blocks, kind, "float16")
+    assert move(blocks, kind, dtype="float32")
+    for dtype in ("float32", "float16", "bfloat16"):
+        assert same(blocks, kind, dtype)
 
 
 @built
@@ -96,8 +102,7 @@ def test_scales_that_are_no_numbers_are_left_to_numpy(kind: GGMLType, scale: int
     for at in HALVES.get(kind, (0,)):
         blocks = finite(kind, np.full((5, kind.block_bytes), 77, np.uint8))
         blocks[3, at : at + 2] = np.array([scale], np.uint16).view(np.uint8)
-        out = np.empty((5, kind.block_size * kernels.BITS[kind] // 32), np.uint32)
-        assert kernels.move(blocks, kind, kernels.BITS[kind], out) is None
+        assert not move(blocks, kind)
         assert same(blocks, kind, "float16")
 
 
@@ -115,28 +120,23 @@ def test_the_smaller_of_two_scales_may_be_any_part_of_the_larger() -> None:
 @pytest.mark.parametrize("kind", [GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K])
 def test_other_widths_are_numpys(kind: GGMLType) -> None:
     blocks = np.full((2, kind.block_bytes), 60, np.uint8)
-    assert kernels.move(blocks, kind, 6, np.empty((2, 48), np.uint32)) is None
+    assert move(blocks, kind)
+    assert not move(blocks, kind, 6)
 
 
 @built
 def test_halves_are_rounded_to_even() -> None:
-    """Every float16, and the float32 numbers beside it and half way to the next."""
-    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
-    middle = (halves[1:] + halves[:-1]) / 2
-    near = [np.nextafter(at, np.float32(to)) for at in (halves, middle) for to in (-1, 1e6)]
-    values = np.concatenate([halves, middle, *near, [1e-30, 1e-45, 65519.996]]).astype(np.float32)
-    values = np.concatenate([values, -values])
-    got = kernels.to_float16(values)
-    assert got is not None
-    assert got.tobytes() == values.astype(np.float16).tobytes()
-
-
-@pytest.mark.parametrize("value", [65520, 1e30, np.inf, np.nan])
-def test_what_no_half_holds_is_left_to_numpy(value: float) -> None:
-    values = np.array([1, -value, 2], np.float32)
-    assert kernels.to_float16(values) is None
-    with np.errstate(over="ignore"):
-        assert narrow(values, "float16").tobytes() == values.astype(np.float16).tobytes()
+    """Q4_K's scales are products of a float16 and 6 bits: ties, subnormals, too large ones."""
+    halves = np.arange(0x7C00, dtype=np.uint16)
+    blocks = np.zeros((len(halves), 144), np.uint8)
+    blocks[:, 0:2] = blocks[:, 2:4] = halves.view(np.uint8).reshape(-1, 2)
+    blocks[:, 4:16] = np.random.default_rng(0).integers(0, 256, (len(halves), 12), np.uint8)
+    fits = halves.view(np.float16) < 65504 / 63
+    for some in (blocks[fits], blocks[~fits]):
+        assert same(some, GGMLType.Q4_K, "float16")
+        assert same(some, GGMLType.Q4_K, "bfloat16")
+    assert move(blocks[fits], GGMLType.Q4_K)
+    assert not move(blocks, GGMLType.Q4_K)
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(kernels, "_VERSION", -1)
     assert kernels.library() is None
     raw = np.full((2, 18), 60, np.uint8)
-    assert kernels.move(raw, GGMLType.Q4_0, 4, np.empty((2, 4), np.uint32)) is None
+    assert not move(raw, GGMLType.Q4_0)
     assert isinstance(repack(raw, GGMLType.Q4_0), Packed)
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,3 +57,27 @@ def test_a_full_disk_leaves_what_was_there(number: int, tmp_path: Path) -> None:
         raise PermissionError
     assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
     assert (tmp_path / "model.gguf").read_text() == "old"
+
+
+def test_all_of_it_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    sync = os.fsync
+
+    def fsync(file: Any) -> None:
+        assert not {"model", "m.gguf"} & {p.name for p in tmp_path.iterdir()} - {*named}
+        synced.append(Path(file.name).stat().st_size)
+        sync(file)
+
+    named: list[str] = []
+    monkeypatch.setattr(os, "fsync", fsync)
+    with new_folder(tmp_path / "model", force=False) as part:
+        (part / "below").mkdir()
+        (part / "config.json").write_text("{}")
+        (part / "below" / "long.json").write_text("[1, 2, 3]")
+    named.append("model")
+    assert sorted(synced) == [2, 9]
+    with new_file(tmp_path / "m.gguf") as file:
+        file.write_text("whole")
+    assert sorted(synced) == [2, 5, 9]
