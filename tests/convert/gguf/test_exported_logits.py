@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -54,6 +55,52 @@ def test_floats_give_our_logits(name: str, shared: Path, tmp_path: Path) -> None
     # Gemma's are the largest errors: llama.cpp looks GELU up in a table of float16.
     assert np.linalg.norm(theirs - ours) < 2e-3 * np.linalg.norm(ours)
     assert (theirs.argmax(-1) == ours.argmax(-1)).all()
+
+
+def rounded(x: mx.array) -> mx.array:
+    """What ggml multiplies blocks of 32 weights with: Q8_0, whose scale is a float16."""
+    blocks = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 32)
+    largest = mx.abs(blocks).max(-1, keepdims=True)
+    q = mx.round(blocks * (127 / mx.where(largest == 0, 1, largest)))
+    return (q * (largest / 127).astype(mx.float16).astype(mx.float32)).reshape(x.shape)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "llama3-rope"])
+def test_a_quantized_file_is_off_by_what_rounding_activations_costs(
+    name: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random models have near ties, so that 90% of best tokens agree in Q8_0. The file is right:
+    its numbers as F32 give our logits, and our own with ggml's rounding are as far from them.
+    """
+    ids = of_parity(shared, name, tmp_path / "mlx")
+    export(tmp_path / "mlx", tmp_path / "q8.gguf", quant="Q8_0")
+    ours = logits(tmp_path / "q8.gguf", "mlx", ids)
+    theirs = logits(tmp_path / "q8.gguf", "llama.cpp", ids)
+
+    convert(tmp_path / "q8.gguf", tmp_path / "q8", fidelity="exact")
+    export(tmp_path / "q8", tmp_path / "f32.gguf", quant="F32")
+    unrounded = logits(tmp_path / "f32.gguf", "llama.cpp", ids)
+    assert np.linalg.norm(unrounded - ours) < 2e-3 * np.linalg.norm(ours)
+    assert (unrounded.argmax(-1) == ours.argmax(-1)).mean() >= 0.95
+
+    multiply = mx.quantized_matmul
+    monkeypatch.setattr(mx, "quantized_matmul", lambda x, *a, **k: multiply(rounded(x), *a, **k))
+    with_rounding = logits(tmp_path / "q8.gguf", "mlx", ids)
+    assert 0.8 < np.linalg.norm(theirs - ours) / np.linalg.norm(with_rounding - ours) < 1.25
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("quant", ["Q8_0", "Q4_0"])
+def test_a_trained_model_agrees_on_the_next_token(quant: str, shared: Path, tmp_path: Path) -> None:
+    convert(shared / "models" / "stories260K.gguf", tmp_path / "mlx")
+    export(tmp_path / "mlx", tmp_path / "out.gguf", quant=quant)
+    with LLM(str(tmp_path / "out.gguf"), backend="mlx", dtype="float32") as llm:
+        prompt = llm.tokenize("Once upon a time, there was a little girl")
+        ids = prompt + llm.generate(prompt, max_tokens=160, temperature=0).token_ids
+        ours = llm.logits(ids)
+    theirs = logits(tmp_path / "out.gguf", "llama.cpp", ids)
+    assert (ours.argmax(-1) == theirs.argmax(-1)).mean() >= 0.95
 
 
 @pytest.fixture(scope="module")
