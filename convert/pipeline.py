@@ -159,7 +159,8 @@ class _Conversion:
         notes = self._write_texts()
         digested = self._pool.submit(digest, self._weights.files)
         choices = list(self._pool.map(self._choose, self._sources))
-        check_disk(self._destination, _MARGIN + sum(map(_room, self._sources, choices)))
+        needed = _MARGIN + sum(map(_room, self._sources, choices))
+        check_disk(self._destination, needed, self._destination.parent)
         held = self._write_weights(choices, shard_bytes)
         config = mlx_config(
             self._weights.config, {s.name: (holding, s.weights) for s, holding, _ in held}

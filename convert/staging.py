@@ -122,15 +122,19 @@ def _is_alive(process: int) -> bool:
     return process != os.getpid()  # an earlier one had the number of this
 
 
-def check_disk(destination: Path, needed: int) -> None:
-    """Raise ``OutOfMemory`` where ``needed`` bytes do not fit on the disk of ``destination``."""
-    place = destination.absolute().parent
-    while not place.exists():
-        place = place.parent
+def check_disk(
+    what: object, needed: int, folder: Path, advice: str = "make room or choose another disk"
+) -> None:
+    """Raise ``OutOfMemory``, with ``advice``, where ``needed`` bytes do not fit on a folder's disk.
+
+    The folder may have to be made; a disk that tells nothing is taken to have room.
+    """
+    folder = folder.absolute()
+    place = next(p for p in (folder, *folder.parents) if p.exists())
     with suppress(OSError):
         free = shutil.disk_usage(place).free
         if free < needed:
             raise OutOfMemory(
-                f"{destination} takes {needed / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB "
-                "left; make room or choose another disk"
+                f"{what} takes {needed / 1e9:.1f} GB and the disk of {folder} has "
+                f"{free / 1e9:.1f} GB free; {advice}"
             )

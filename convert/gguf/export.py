@@ -173,8 +173,8 @@ class _Export:
         """Write the file; returns what became of each tensor."""
         rope = [TensorSpec(name, a.shape, T.F32) for name, a in self._rope.items()]
         head = header(self._metadata(), [*rope, *(plan.spec for plan in self._plans)])
-        needed = sum(plan.spec.nbytes for plan in self._plans)
-        check_disk(self._target, len(head) + needed + _MARGIN)
+        needed = _MARGIN + len(head) + sum(plan.spec.nbytes for plan in self._plans)
+        check_disk(self._target, needed, self._target.parent)
         total, done = sum(plan.source.nbytes for plan in self._plans), 0
         reports = []
         with part.open("xb") as file, ThreadPoolExecutor(THREADS, "export") as pool:

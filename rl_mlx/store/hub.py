@@ -7,7 +7,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 from rl_mlx.convert.files import is_weights
+from rl_mlx.convert.staging import check_disk
 from rl_mlx.errors import InvalidRequest, ModelNotFound, OutOfMemory, RlMlxError
 from rl_mlx.store import places
 from rl_mlx.store.models import TOKENIZERS, ModelFiles, pick, variants
@@ -127,7 +127,9 @@ def download(ref: HubRef, bar: type[Any] | None = None) -> ModelFiles:
         sizes = {f.rfilename: f.size or 0 for f in info.siblings or []}
         name, files = choose(sizes, ref)
         here = cache / f"models--{ref.repo.replace('/', '--')}" / "snapshots" / str(info.sha)
-        _check_disk(sum(sizes[f] for f in files if not (here / f).exists()), cache, ref)
+        needed = sum(sizes[f] for f in files if not (here / f).exists())
+        advice = "make room (rl-mlx rm), or set HF_HUB_CACHE to a folder elsewhere"
+        check_disk(ref, needed, cache, advice)
         # One after the other in this thread (each is fetched in parallel pieces): the pool that
         # snapshot_download has would not let go at Ctrl-C. The branch is noted when all is here.
         for file in files:
@@ -148,18 +150,6 @@ def explained(ref: HubRef) -> Iterator[None]:
         yield
     except (network_error, OSError, errors.HFValidationError) as error:
         raise _explain(error, ref, places.hub_cache()) from error
-
-
-def _check_disk(needed: int, cache: Path, ref: HubRef) -> None:
-    """Refuse a download that cannot fit."""
-    place = next(p for p in (cache, *cache.parents) if p.exists())
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise OutOfMemory(
-            f"{ref} takes {needed / 1e9:.1f} GB more and the disk of {cache} has "
-            f"{free / 1e9:.1f} GB free; "
-            "make room (rl-mlx rm), or set HF_HUB_CACHE to a folder elsewhere"
-        )
 
 
 def _explain(error: Exception, ref: HubRef, cache: Path) -> RlMlxError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import pytest
 pytest.importorskip("xllamacpp")
 
 from rl_mlx.backends import open_backend
-from rl_mlx.backends.llamacpp import LlamaCppOptions, exported
+from rl_mlx.backends.llamacpp import LlamaCppOptions
 from rl_mlx.backends.llamacpp import backend as module
 from rl_mlx.backends.llamacpp.backend import kv_types
 from rl_mlx.backends.llamacpp.library import Library, open_library
@@ -514,7 +515,7 @@ def test_a_full_disk_is_seen_before_the_export(
     open_cpp: Any, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(exported.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(OutOfMemory, match="XDG_CACHE_HOME"):
         open_cpp(shared / "hf" / "qwen2")
     assert not any(tmp_path.iterdir())

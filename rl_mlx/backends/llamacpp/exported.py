@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 
 from rl_mlx.convert import export
-from rl_mlx.errors import OutOfMemory
+from rl_mlx.convert.staging import check_disk
 from rl_mlx.store import places
 from rl_mlx.store.digest import digest
 
@@ -27,22 +26,12 @@ def gguf_of(path: Path) -> Path:
     name = f"{path.resolve().name}-{digest(path)[:16]}-{_FORMAT}.gguf"
     target = places.ours("gguf") / name
     if not target.exists():
-        _check_disk(path, target.parent)
+        needed = sum(file.stat().st_size for file in path.glob("*.safetensors"))  # about as large
+        advice = "make room, or set XDG_CACHE_HOME to a folder elsewhere"
+        check_disk(f"{path.name} as GGUF", needed, target.parent, advice)
         log.info("exporting %s to %s, once", path, target)
         export(path, target, force=True, progress=_Logged())
     return target
-
-
-def _check_disk(source: Path, cache: Path) -> None:
-    """Refuse an export that cannot fit: it is about as large as the folder's weights."""
-    needed = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    place = next(p for p in (cache, *cache.parents) if p.exists())
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise OutOfMemory(
-            f"{source.name} as GGUF takes {needed / 1e9:.1f} GB and the disk of {cache} has "
-            f"{free / 1e9:.1f} GB free; make room, or set XDG_CACHE_HOME to a folder elsewhere"
-        )
 
 
 class _Logged:
