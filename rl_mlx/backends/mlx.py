@@ -81,7 +81,9 @@ class MLXBackend(Backend):
                 opened.callback(disk.close)
             runner = Runner(model, governor, CHUNK, kv, disk)
             kv_bytes.set_result(_kv_bytes_per_token(runner.arena))
-            scheduler = Scheduler(max_rows=rows, admit=runner.admits, chunks=ChunkSize(CHUNK))
+            scheduler = Scheduler(
+                max_rows=rows, admit=runner.admits, chunks=ChunkSize(CHUNK), packs=runner.packs
+            )
             proposer = draft.load(info, runner) if draft else None
             return runner, scheduler, Speculator(proposer, settings.draft_tokens)
 

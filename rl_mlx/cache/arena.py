@@ -72,6 +72,7 @@ class Arena:
         self._layers = self._empty()
         self._recent: tuple[int, Sequence[int]] = (0, ())
         self._reserved = (0, 0)
+        self._copies: list[mx.array] = []
 
     def _empty(self) -> list[KVLayer | StateLayer]:
         return [
@@ -121,6 +122,17 @@ class Arena:
         """All arrays held, for evaluation."""
         return [a for layer in self._layers for a in layer.arrays()]
 
+    def marks(self) -> list[mx.array]:
+        """Empty arrays that are there once all has been written that was begun."""
+        return [a[:0] for a in self.arrays()]
+
+    def settle(self) -> None:
+        """Wait for copies that are being taken out: until they are there, what they are copied
+        from cannot be written in place. To be called before a step is given to the device.
+        """
+        mx.eval(self._copies)
+        self._copies.clear()
+
     def add_row(self) -> int:
         """Take an empty row into use; it is the last one."""
         self.lengths.append(0)
@@ -161,12 +173,14 @@ class Arena:
             if isinstance(layer, StateLayer):
                 layer.commit(start, counts)
 
-    def reserve(self, length: int) -> None:
-        """Make room for ``length`` tokens in every row; steps that need more do it themselves."""
-        if self.covers(self.rows, length):
+    def reserve(self, length: int, rows: int = 0) -> None:
+        """Make room for ``length`` tokens in every row, those in use and ``rows`` at least; steps
+        that need more do it themselves.
+        """
+        rows = max(rows, self.rows)
+        if self.covers(rows, length):
             return
-        rows, most = self._reserved
-        self._reserved = max(rows, self.rows), max(most, _grown(length))
+        self._reserved = max(rows, self._reserved[0]), max(_grown(length), self._reserved[1])
         for layer in self._layers:
             if isinstance(layer, KVLayer):
                 layer.grow(*self._reserved)
@@ -183,7 +197,7 @@ class Arena:
         return sum(layer.piece_bytes(tokens) for layer in self._layers)
 
     def take(self, row: int, first: int, last: int) -> Piece:
-        """Copy the tokens ``first .. last - 1`` of a row out; the row keeps them."""
+        """Start copying the tokens ``first .. last - 1`` of a row out; the row keeps them."""
         assert first < last <= self.lengths[row], "only tokens that are there can be taken"
         piece = Piece(
             tuple(
@@ -193,7 +207,8 @@ class Arena:
                 for layer in self._layers
             )
         )
-        mx.eval(piece.arrays())  # a pending copy would keep the arena from being written in place
+        mx.async_eval(*piece.arrays())  # type: ignore[no-untyped-call]
+        self._copies += piece.arrays()
         return piece
 
     def put(self, row: int, pieces: Sequence[tuple[Piece, int]]) -> None:
@@ -242,10 +257,14 @@ class ArenaStep:
         self._layers = layers
         self._start = start
         self._offsets = offsets
-        self._count = count
+        self.rows, self.count = len(offsets), count
         self._even = all(o == offsets[0] for o in offsets)
         self._masks: dict[tuple[int | None, int, bool], Mask] = {}
         self.offset: Offset = offsets[0] if self._even else mx.array(list(offsets), mx.int32)
+
+    def positions(self) -> list[int]:
+        """Of all new tokens, row by row."""
+        return [at + i for at in self._offsets for i in range(self.count)]
 
     def attend(
         self,
@@ -259,18 +278,32 @@ class ArenaStep:
         sinks: mx.array | None,
     ) -> mx.array:
         """See ``Step.attend``."""
-        kept = self._kv(layer)
-        kept.write(self._start, self._offsets, keys, values)
-        return kept.attend(
+        self.write(layer, keys, values)
+        return self.look(layer, queries, scale=scale, softcap=softcap, sinks=sinks)
+
+    def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        """Keep the new keys and values."""
+        self._kv(layer).write(self._start, self._offsets, keys, values)
+
+    def look(
+        self,
+        layer: int,
+        queries: mx.array,
+        *,
+        scale: float,
+        softcap: float | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """Attention over all that is kept."""
+        return self._kv(layer).attend(
             queries, self._start, self._end, self.mask(layer),
             scale=scale, softcap=softcap, sinks=sinks,
         )  # fmt: skip
 
     def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """See ``Step.update``."""
-        kept = self._kv(layer)
-        kept.write(self._start, self._offsets, keys, values)
-        return kept.view(self._start, self._start + len(self._offsets), self._end)
+        self.write(layer, keys, values)
+        return self._kv(layer).view(self._start, self._start + self.rows, self._end)
 
     def mask(self, layer: int, window: int | None = None) -> Mask:
         """See ``Step.mask``."""
@@ -303,17 +336,17 @@ class ArenaStep:
 
     @property
     def _end(self) -> int:
-        return max(self._offsets) + self._count
+        return max(self._offsets) + self.count
 
     def _mask(self, window: int | None, capacity: int, chunked: bool) -> Mask:
         """What each new token may look at; None or ``causal`` where that says it all."""
         if self._even and (window is None or self._end <= window):
-            return None if self._count == 1 else "causal"
-        last = mx.array(list(self._offsets))[:, None] + (self._count - 1)
+            return None if self.count == 1 else "causal"
+        last = mx.array(list(self._offsets))[:, None] + (self.count - 1)
         slots = mx.arange(min(self._end, capacity))[None]
         # The newest position that lies in a slot; below 0 where the slot is still empty.
         held = last - (last - slots) % capacity
-        queries = (last + mx.arange(1 - self._count, 1)[None])[:, :, None]
+        queries = (last + mx.arange(1 - self.count, 1)[None])[:, :, None]
         visible = (held[:, None] <= queries) & (held[:, None] >= 0)
         if window is not None:
             first = queries // window * window if chunked else queries - window + 1

@@ -1,13 +1,14 @@
-"""How many prompt tokens a prefill step reads: measured cost against that of a decode step. Pure
+"""How many prompt tokens a forward reads: measured cost against that of a decode step. Pure
 Python.
 """
 
 from __future__ import annotations
 
-STEPS = 1.5
-"""Decode steps that a chunk may take while streams wait for it: a gap is then two and a half.
+STEPS = 1.25
+"""Decode steps that prompt tokens may take while streams wait for them: a gap is then two and a
+quarter, with some room below the three that are promised.
 
-Less would hardly get on: where reading weights is what takes time, one token costs a whole step.
+Less would hardly get on where a forward of prompt tokens alone reads all weights once more.
 """
 _UNKNOWN = 64  # tokens, where nothing was measured yet
 _WEIGHT = 0.25  # of a new measurement of a decode step
@@ -17,42 +18,54 @@ _LEAST = 0.1  # of a forward, which is the prompt's though a decode step took lo
 
 class ChunkSize:
     """``most`` tokens while nothing else runs; beside running streams, which wait for every chunk,
-    as many as take ``STEPS`` decode steps, and at least one.
+    as many as take ``STEPS`` decode steps of so many streams, and at least one.
 
     What a token costs is what it cost in the last chunk: so fixed costs count at the size that is
-    used, and attention at the depth that was reached.
+    used, and attention at the depth that was reached. Decode steps are told apart by the power of
+    two that their batch comes next to.
     """
 
     def __init__(self, most: int = 512) -> None:
         self.most = most
-        self._step: float | None = None
+        self._steps: dict[int, float] = {}
         self._token: float | None = None
 
-    def tokens(self, *, beside: bool) -> int:
-        """The size of the next chunk; ``beside``: whether streams wait for it."""
+    def tokens(self, beside: int) -> int:
+        """The size of the next chunk, ``beside`` so many streams; 0 where a step of theirs is to
+        be measured first.
+        """
         if not beside:
             return self.most
-        if self._step is None or self._token is None:
+        step = self._steps.get(_power(beside))
+        if step is None:
+            return 0
+        if self._token is None:
             return min(_UNKNOWN, self.most)
-        return max(1, min(self.most, int(STEPS * self._step / self._token)))
+        return max(1, min(self.most, int(STEPS * step / self._token)))
 
-    def decoded(self, seconds: float) -> None:
+    def decoded(self, streams: int, seconds: float) -> None:
         """A decode step took so long; single outliers hardly count."""
-        if self._step is not None:
-            seconds = self._step + _WEIGHT * (min(seconds, _OUTLIER * self._step) - self._step)
-        self._step = seconds
+        old = self._steps.get(_power(streams))
+        if old is not None:
+            seconds = old + _WEIGHT * (min(seconds, _OUTLIER * old) - old)
+        self._steps[_power(streams)] = seconds
 
-    def read(self, tokens: int, asked: int, seconds: float, *, decoding: bool = False) -> None:
+    def read(self, tokens: int, asked: int, seconds: float, *, decoding: int = 0) -> None:
         """A chunk of ``tokens`` took so long; one much shorter than ``asked`` for says little.
 
-        ``decoding``: streams took their step in the same forward.
+        ``decoding``: how many streams took their step in the same forward.
         """
         if self._token is not None and 2 * tokens < asked:
             return
-        if decoding and self._step is not None:
-            seconds = max(seconds - self._step, _LEAST * seconds)
+        if decoding:
+            step = self._steps.get(_power(decoding), 0.0)
+            seconds = max(seconds - step, _LEAST * seconds)
         cost = seconds / tokens
         if self._token is not None:  # dearer counts at once, but for outliers, and cheaper slowly
             cost = min(cost, _OUTLIER * self._token)
             cost = max(cost, (cost + self._token) / 2)
         self._token = cost
+
+
+def _power(streams: int) -> int:
+    return (streams - 1).bit_length()

@@ -1,8 +1,8 @@
 """The engine loop: one thread that owns the device.
 
-A step is started before the one before it is read, so that the device works while the host hands
-tokens out. A sequence that turns out to have ended has then one token too many under way, which is
-dropped.
+A forward is built, and started where it can be, before the one before it is read, so that the
+device works while the host builds and hands tokens out. A sequence that turns out to have ended has
+then one token too many under way, which is dropped.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from typing import Any, TypeVar
 
 from rl_mlx.engine.mailbox import QUEUE_LIMIT, Mailbox
 from rl_mlx.engine.pace import LONGEST
-from rl_mlx.engine.runner import Runner
-from rl_mlx.engine.scheduler import Decode, Prefill, Scheduler
+from rl_mlx.engine.runner import Forward, Runner
+from rl_mlx.engine.scheduler import Scheduler, Work
 from rl_mlx.engine.sequence import Sequence
 from rl_mlx.engine.speculate import Speculator
 from rl_mlx.errors import EngineError, OutOfMemory, RlMlxError
-from rl_mlx.sample.sampler import Sampled
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -38,10 +37,14 @@ Parts = tuple[Runner, Scheduler, Speculator]
 
 @dataclass(frozen=True)
 class _Step:
-    """A decode step that was started and is not read yet."""
+    """A forward that was started and is not read yet, and the prompts that it reads, each up to a
+    token.
+    """
 
-    batch: tuple[Sequence, ...]
-    sampled: Sampled
+    work: Work
+    forward: Forward
+    reads: tuple[tuple[Sequence, int], ...]
+    prompt_tokens: int
 
 
 class Engine:
@@ -80,7 +83,7 @@ class Engine:
     def counts(self) -> tuple[int, int, int]:
         """Running, waiting, and bytes of all caches; a snapshot that may be a step old."""
         scheduler = self._scheduler
-        running = len(scheduler.running) + (scheduler.prefilling is not None)
+        running = len(scheduler.running) + len(scheduler.reading)
         held = self._runner.bytes_for(0, 0) + self._runner.tree.nbytes
         return running, len(scheduler.waiting), held
 
@@ -128,57 +131,66 @@ class Engine:
             self._end(sequence, lambda s: s.finish("cancelled"))
 
     def _step(self) -> None:
-        work = self._scheduler.plan()
-        if isinstance(work, Prefill):
-            self._prefill(work)
-        elif isinstance(work, Decode):
-            self._decode(work)
-        else:
+        self._admit()
+        batch = self._scheduler.batch
+        wants_draft = bool(batch) and self._speculator.wants(batch)
+        work = self._scheduler.plan(together=self._runner.packs and not wants_draft)
+        if work is None:
             self._collect()
+        elif work.batch and self._blocks(work.batch, wants_draft):
+            self._collect()  # its tokens decide what is to run: plan again
+        else:
+            self._run(work, wants_draft=wants_draft and not work.reads)
 
-    def _prefill(self, work: Prefill) -> None:
-        self._collect()  # before the device is kept busy: streams wait for these tokens
-        sequence, runner = work.sequence, self._runner
-        sequence.started = sequence.started or time.perf_counter()
-        if sequence.row is None:
+    def _admit(self) -> None:
+        """Give rows to those that can be read now."""
+        scheduler, runner = self._scheduler, self._runner
+        while (sequence := scheduler.entering()) is not None:
             if not self._make_room(runner.arena.rows + 1, sequence.known, sequence):
                 return
-            runner.enter(sequence)
-        first, last = sequence.cached, runner.next_length(sequence, work.tokens)
-        if not self._make_room(runner.arena.rows, last, sequence):
-            return
-        self._lap()
-        runner.prefill(sequence, last)
-        runner.wait()
-        self._scheduler.chunks.read(last - first, work.tokens, self._lap())
-        if not sequence.answer:
-            sequence.progress()
-        if sequence.prefilled:
-            self._scheduler.prefilled()
-            self._read(_Step((sequence,), runner.first(sequence)))
-        runner.save(sequence, tail=sequence.is_running)
+            sequence.started = sequence.started or time.perf_counter()
+            runner.enter(sequence, scheduler.crowd)
 
-    def _decode(self, work: Decode) -> None:
-        pending, runner, batch = self._pending, self._runner, work.batch
-        wants_draft = self._speculator.wants(batch)
-        if pending is not None and (
-            pending.batch != batch or wants_draft or runner.needs_tokens(batch)
-        ):
-            self._collect()  # its tokens decide what is to run: plan again
-            return
+    def _blocks(self, batch: tuple[Sequence, ...], wants_draft: bool) -> bool:
+        """Whether the step under way must be read before these sequences go on."""
+        pending = self._pending
+        return pending is not None and (
+            pending.forward.batch != batch or wants_draft or self._runner.needs_tokens(batch)
+        )
+
+    def _run(self, work: Work, *, wants_draft: bool) -> None:
+        runner, batch = self._runner, work.batch
+        reads = tuple((r.sequence, runner.next_length(r.sequence, r.tokens)) for r in work.reads)
         ahead = 1 + (LONGEST if wants_draft else 0)
-        longest = max(runner.arena.lengths[: len(batch)])
-        if not self._make_room(runner.arena.rows, longest + ahead, batch[-1]):
+        longest = max([n + ahead for n in runner.arena.lengths[: len(batch)]], default=0)
+        longest = max([longest, *(last for _, last in reads)])
+        if not self._make_room(runner.arena.rows, longest, reads[-1][0] if reads else batch[-1]):
             return
         if wants_draft and self._verify(batch):
+            self._scheduler.started(work)
             return
-        self._speculator.rest(batch)
-        if pending is None:
+        if batch:
+            self._speculator.rest(batch)
+        self._start(work, reads)
+
+    def _start(self, work: Work, reads: tuple[tuple[Sequence, int], ...]) -> None:
+        """A plain forward; the one before it is read."""
+        runner, before = self._runner, self._pending
+        if before is None:
             self._lap()
-        inputs = None if pending is None else pending.sampled.tokens
-        step = _Step(batch, runner.decode(batch, inputs))
+        count = sum(last - s.cached for s, last in reads)
+        inputs = None
+        if before is not None and before.forward.sampled is not None and work.batch:
+            inputs = before.forward.sampled.tokens
+        forward = runner.build(work.batch, inputs, reads)
+        self._scheduler.started(work)
+        if before is not None and (before.forward.sampled is None or not runner.runs_ahead):
+            self._collect()
+        runner.start(forward)
+        for sequence, _ in reads:
+            runner.save(sequence, tail=sequence.is_running)
         self._collect()
-        self._pending = step
+        self._pending = _Step(work, forward, reads, count)
 
     def _verify(self, batch: tuple[Sequence, ...]) -> bool:
         """A step with a draft, if there is one."""
@@ -190,7 +202,7 @@ class Engine:
         accepted, tokens = self._runner.verify(batch, draft)
         seconds = self._lap()
         self._speculator.observe(batch, draft, accepted, seconds)
-        self._scheduler.chunks.decoded(seconds)
+        self._scheduler.chunks.decoded(len(batch), seconds)
         for sequence, came in zip(batch, tokens):
             for token, logprob in came:
                 sequence.take(token, logprob)
@@ -217,24 +229,31 @@ class Engine:
     def _collect(self) -> None:
         """Read the step under way, if there is one, and hand its tokens out."""
         step, self._pending = self._pending, None
-        if step is not None:
-            self._read(step)
-            seconds = self._lap()
-            self._speculator.observe_plain(len(step.batch), seconds)
-            self._scheduler.chunks.decoded(seconds)
+        if step is None:
+            return
+        tokens = step.forward.read()
+        self._measure(step, self._lap())
+        for sequence, last in step.reads:
+            sequence.progress(last)
+        for sequence, (token, logprob) in zip(step.forward.batch, tokens):
+            sequence.in_flight -= 1
+            sequence.take(token, logprob)
+        for sequence in step.forward.batch:
+            self._settle(sequence)
+
+    def _measure(self, step: _Step, seconds: float) -> None:
+        streams, chunks = len(step.work.batch), self._scheduler.chunks
+        if step.reads:
+            chunks.read(step.prompt_tokens, step.work.tokens, seconds, decoding=streams)
+        else:
+            self._speculator.observe_plain(streams, seconds)
+            chunks.decoded(streams, seconds)
 
     def _lap(self) -> float:
         """Seconds since the last lap, which began when the device had nothing else to do."""
         now = time.perf_counter()
         seconds, self._free_at = now - self._free_at, now
         return seconds
-
-    def _read(self, step: _Step) -> None:
-        read = step.sampled.read([s.request.params for s in step.batch])
-        for sequence, (token, logprob) in zip(step.batch, read):
-            sequence.in_flight -= 1
-            sequence.take(token, logprob)
-            self._settle(sequence)
 
     def _settle(self, sequence: Sequence) -> None:
         """After new tokens: an ended sequence goes, the blocks of another are kept."""

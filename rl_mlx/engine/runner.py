@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from itertools import accumulate
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +14,7 @@ import numpy.typing as npt
 from rl_mlx.cache.arena import Arena, Piece
 from rl_mlx.cache.disk import DiskTier
 from rl_mlx.cache.governor import Governor
+from rl_mlx.cache.packed import forward
 from rl_mlx.cache.prefix import BLOCK, PrefixTree
 from rl_mlx.engine.sequence import Sequence
 from rl_mlx.errors import RlMlxError
@@ -25,10 +28,28 @@ RESERVED = 256
 """Tokens of its answer that every sequence must have room for before another one starts."""
 
 
+@dataclass(frozen=True)
+class Forward:
+    """A forward, first built and then started: who gets a token of it, in the order of rows, and
+    the arrays that are there when it is done.
+    """
+
+    batch: tuple[Sequence, ...]
+    sampled: Sampled | None
+    arrays: list[mx.array]
+
+    def read(self) -> list[tuple[int, TokenLogprob | None]]:
+        """A token for each of ``batch``; waits for the device."""
+        if self.sampled is None:
+            mx.eval(self.arrays)
+            return []
+        return self.sampled.read([s.request.params for s in self.batch])
+
+
 class Runner:
     """The device side of the engine.
 
-    Running sequences own the rows ``0 ..``, the one being prefilled the last one. At most ``chunk``
+    Running sequences own the rows ``0 ..``, those being read the ones after them. At most ``chunk``
     prompt tokens are read in a step, a multiple of the prefix tree's blocks.
     """
 
@@ -52,9 +73,20 @@ class Runner:
         self.arena = self._new_arena()
         self.beside: Callable[[int, int], int] = lambda _rows, _length: 0
         """Bytes of another cache (a draft model's) beside an arena of such rows."""
+        self.runs_ahead = mx.default_device() != mx.Device(mx.cpu)
+        """Whether the device works by itself once a forward was started: not on a CPU, where MLX
+        hands it out no faster than it is computed.
+        """
         self._disk = disk
         if disk is not None:
             disk.restore(self.tree, governor.room // 2)
+
+    @property
+    def packs(self) -> bool:
+        """Whether streams can go on in the forward that reads prompts, and several prompts be read
+        in one.
+        """
+        return self._model.packs
 
     def _new_arena(self) -> Arena:
         return Arena(self._model.cache_specs, self._model.dtype, self._chunk, self._kv)
@@ -95,19 +127,26 @@ class Runner:
         return self.make_room(self.arena.rows + 1, max(ahead))
 
     def next_length(self, sequence: Sequence, tokens: int) -> int:
-        """Tokens in the row of a sequence being prefilled, after at most ``tokens`` more."""
-        # What ends blocks ends there: a sliding window would else lose one before it is saved.
-        last = sequence.cached + tokens
-        if self.arena.has_memory:  # known where steps end: for the next prompt that begins so
-            last = min(last, sequence.known)
-        whole = last - last % BLOCK
-        return min(whole if whole > sequence.cached else last, sequence.known)
+        """Tokens in the row of a sequence being read, after at most ``tokens`` more."""
+        last = min(sequence.cached + tokens, sequence.known)
+        if last < sequence.known or self.arena.has_memory:
+            # What ends blocks ends there: a sliding window would else lose one before it is saved,
+            # and a memory is known where steps end, for the next prompt that begins so.
+            whole = last - last % BLOCK
+            return whole if whole > sequence.cached else last
+        return last
 
-    def enter(self, sequence: Sequence) -> None:
-        """Give a sequence a row, and start it with what the prefix tree knows of its tokens."""
+    def enter(self, sequence: Sequence, crowd: int) -> None:
+        """Give a sequence a row, and start it with what the prefix tree knows of its tokens.
+
+        ``crowd`` rows will be wanted soon: if there is room for them they are made together.
+        """
+        if self.arena.covers(crowd, 0) or self._fits(self.bytes_for(crowd, sequence.known)):
+            # Growing beside running streams, they would wait.
+            self.arena.reserve(sequence.known, crowd)
         row = sequence.row = self.arena.add_row()
         self._owners.append(sequence)
-        self.arena.reserve(sequence.known)  # growing beside running streams, they would wait
+        self.arena.reserve(sequence.known)
         tokens = sequence.tokens(
             0, sequence.known - 1
         )  # the last one is always run, for its logits
@@ -124,41 +163,50 @@ class Runner:
         sequence.node = whole[-1] if whole else self.tree.root
         self.tree.pin(sequence.node)
 
-    def prefill(self, sequence: Sequence, last: int) -> None:
-        """Start reading up to the token before ``last``; waits for nothing."""
-        assert sequence.row is not None, "prefill without a row"
-        row, first = sequence.row, sequence.cached
-        tokens = mx.array(sequence.tokens(first, last))[None]
-        step = self.arena.begin(row, row + 1, last - first)
-        self._hidden = self._model.forward(tokens, step)
-        self.arena.advance(row, [last - first])
-        sequence.cached = last
-        sequence.forwards += 1
-        mx.async_eval(*self.arena.arrays())  # type: ignore[no-untyped-call]
-
-    def wait(self) -> None:
-        """Until all that was started has been put into the arena."""
-        mx.eval(self.arena.arrays())
-
-    def first(self, sequence: Sequence) -> Sampled:
-        """The next token after a prefill, from its last position."""
-        return self._sample((sequence,), self._model.head(self._hidden[:, -1]))
-
-    def decode(self, batch: tuple[Sequence, ...], inputs: mx.array | None) -> Sampled:
-        """Start one more token each; ``inputs`` are their last tokens if still on the device."""
-        if inputs is None:
-            inputs = mx.array([s.answer[-1] for s in batch])
-        hidden = self._model.forward(inputs[:, None], self.arena.begin(0, len(batch), 1))
-        self.arena.advance(0, [1] * len(batch))
-        for s in batch:
-            s.cached += 1
+    def build(
+        self,
+        batch: tuple[Sequence, ...],
+        inputs: mx.array | None,
+        reads: Seq[tuple[Sequence, int]],
+    ) -> Forward:
+        """One more token for each of ``batch``, whose ``inputs`` are their last tokens if those are
+        still on the device; and of each sequence of ``reads`` what comes before token ``last``.
+        """
+        spans, tokens = [], []
+        if batch:
+            assert all(s.row == row for row, s in enumerate(batch)), "rows with gaps"
+            spans.append((0, len(batch), 1))
+            tokens.append(mx.array([s.answer[-1] for s in batch]) if inputs is None else inputs)
+        for s, last in reads:
+            assert s.row is not None, "reading without a row"
+            spans.append((s.row, s.row + 1, last - s.cached))
+            tokens.append(mx.array(s.tokens(s.cached, last)))
+        hidden = forward(self._model, self.arena, spans, tokens)
+        for s, last in [*((s, s.cached + 1) for s in batch), *reads]:
+            s.cached = last
             s.forwards += 1
-        return self._sample(batch, self._model.head(hidden[:, -1]))
+        ends = accumulate(t.size for t in tokens)
+        last_places = [end - 1 for end in ends][len(tokens) - len(reads) :]
+        done = [(s, place) for (s, _), place in zip(reads, last_places) if s.prefilled]
+        sampling = (*batch, *(s for s, _ in done))
+        if not sampling:
+            return Forward((), None, self.arena.marks())
+        places = [*range(len(batch)), *(place for _, place in done)]
+        if len(places) < len(hidden):
+            hidden = hidden[mx.array(places)]
+        sampled = self._sample(sampling, self._model.head(hidden))
+        return Forward(sampling, sampled, sampled.arrays())
+
+    def start(self, built: Forward) -> None:
+        """Give a forward to the device; waits for nothing that is not nearly done."""
+        self.arena.settle()
+        mx.async_eval(*built.arrays)  # type: ignore[no-untyped-call]
 
     def verify(
         self, batch: tuple[Sequence, ...], draft: Draft
     ) -> tuple[list[int], list[list[tuple[int, TokenLogprob | None]]]]:
         """Check a draft in one forward: how many each accepts, and the tokens that each gets."""
+        self.arena.settle()
         last = mx.array([[s.answer[-1]] for s in batch])
         length = draft.tokens.shape[1]
         step = self.arena.begin(0, len(batch), length + 1)
@@ -225,7 +273,7 @@ class Runner:
         if self._disk is not None:
             self._disk.keep(sequence.node)
         last = len(owners) - 1
-        last_running = last if owners[last].is_running else last - 1
+        last_running = max((i for i, o in enumerate(owners) if o.is_running), default=last)
         for source in (last_running, last):
             if source > hole:
                 self.arena.copy_row(source, hole)
@@ -267,8 +315,10 @@ class Runner:
             )
             for s in batch
         ]
-        sampled = self._sampler(batch).sample(logits, rows)
-        mx.async_eval(*sampled.arrays())  # type: ignore[no-untyped-call]
+        sampler = self._sampler(batch)
+        if sampler.needs_tokens:  # it has the logits computed while it makes a grammar's masks
+            self.arena.settle()
+        sampled = sampler.sample(logits, rows)
         for s in batch:
             s.in_flight += 1
         return sampled

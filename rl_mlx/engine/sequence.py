@@ -80,13 +80,19 @@ class Sequence:
         return self.cached >= self.known
 
     @property
+    def unread(self) -> int:
+        """Tokens of what is known that are not in the cache yet."""
+        return self.known - self.cached
+
+    @property
     def saturated(self) -> bool:
         """Whether no further token may be started."""
         return len(self.answer) + self.in_flight >= self.limit
 
-    def progress(self) -> None:
+    def progress(self, read: int) -> None:
         """Tell how far the prompt is read."""
-        self.emit(Progress(min(self.cached, len(self.prompt)), len(self.prompt)))
+        if not self.answer and not self.done:
+            self.emit(Progress(min(read, len(self.prompt)), len(self.prompt)))
 
     def take(self, token: int, logprob: TokenLogprob | None) -> None:
         """One more token came; ends the sequence where it says so. What comes after the end is

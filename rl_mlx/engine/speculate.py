@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from rl_mlx.cache.arena import Arena
+from rl_mlx.cache.packed import forward
 from rl_mlx.engine.pace import LONGEST, Costs, Pace
 from rl_mlx.engine.sequence import Sequence
 from rl_mlx.errors import InvalidRequest, RlMlxError
@@ -175,18 +176,21 @@ class DraftModel:
             self._arena.lengths[row] = min(known + right, s.known - 1)
 
     def _catch_up(self) -> bool:
-        """Read a chunk of the first row that lags far behind; whether none does any more."""
+        """Read a chunk of the rows that lag far behind; whether none does any more."""
         near, lengths = min(self._NEAR, *(s.known for s in self._owners)), self._arena.lengths
-        row = next((r for r, s in enumerate(self._owners) if s.known - lengths[r] > near), None)
-        if row is None:
-            return True
-        s, first = self._owners[row], lengths[row]
-        last = min(s.known - 1, first + self._chunk)
-        step = self._arena.begin(row, row + 1, last - first)
-        self._model.forward(mx.array(s.tokens(first, last))[None], step)
-        self._arena.advance(row, [last - first])
-        mx.eval(self._arena.arrays())
-        self._fed[s] = last, []
+        behind = [r for r, s in enumerate(self._owners) if s.known - lengths[r] > near]
+        spans, tokens, room = [], [], self._chunk
+        for row in behind if self._model.packs else behind[:1]:
+            s, first = self._owners[row], lengths[row]
+            last = min(s.known - 1, first + room)
+            if last > first:
+                spans.append((row, row + 1, last - first))
+                tokens.append(mx.array(s.tokens(first, last)))
+                self._fed[s] = last, []
+                room -= last - first
+        if spans:
+            forward(self._model, self._arena, spans, tokens)
+            mx.eval(self._arena.arrays())
         return all(s.known - n <= near for s, n in zip(self._owners, lengths))
 
     def _last_tokens(self) -> mx.array:

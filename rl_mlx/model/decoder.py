@@ -13,7 +13,7 @@ from rl_mlx.model.mamba import Mamba
 from rl_mlx.model.mamba2 import Mamba2
 from rl_mlx.model.mla import LatentAttention
 from rl_mlx.model.mlp import MLP, MoE, PlainMLP
-from rl_mlx.model.plan import CacheSpec, DecoderPlan, cache_specs
+from rl_mlx.model.plan import CacheSpec, DecoderPlan, KVSpec, cache_specs
 from rl_mlx.model.shortconv import ShortConv
 from rl_mlx.model.step import Step
 
@@ -95,6 +95,7 @@ class Decoder:
         self._norm = norm
         self._head = head
         self._positions = positions
+        self.packs = all(isinstance(spec, KVSpec) for spec in self.cache_specs)
 
     @property
     def cache_specs(self) -> tuple[CacheSpec, ...]:

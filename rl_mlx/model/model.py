@@ -15,6 +15,10 @@ class Model(Protocol):
     """Tokens to hidden states, hidden states to logits."""
 
     dtype: mx.Dtype
+    packs: bool
+    """Whether a forward may be over a packed step, whose rows are tokens: where attention by
+    ``Step.attend`` is all that brings tokens together.
+    """
 
     @property
     def cache_specs(self) -> Sequence[CacheSpec]:

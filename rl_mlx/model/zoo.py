@@ -50,8 +50,10 @@ def load_zoo(weights: Weights, dtype: FloatType) -> ZooModel:
 
 class ZooModel:
     """An mlx-lm model as the engine wants it. Its ``forward`` gives logits already, and ``head``
-    nothing more.
+    nothing more. It takes a view of all keys, so steps cannot be packed.
     """
+
+    packs = False
 
     def __init__(self, model: Any, dtype: mx.Dtype) -> None:
         self.dtype = dtype

@@ -78,11 +78,14 @@ class Harness:
         draft=None,
         fixed=None,
         chunks=None,
+        runs_ahead=None,
     ):
         self.governor = Governor(SimulatedDevice(room), room, weights=0)
 
         def start():  # arrays belong to the thread that makes them
             self.runner = Runner(decoder, self.governor, chunk, kv or KVFormat())
+            if runs_ahead is not None:  # as a GPU does, or as a CPU does
+                self.runner.runs_ahead = runs_ahead
             proposer = draft and draft(decoder)
             self.speculator = Speculator(proposer, fixed)
             return self.runner, self.scheduler, self.speculator
@@ -91,6 +94,7 @@ class Harness:
             max_rows=rows,
             admit=lambda s: self.runner.admits(s),
             chunks=chunks or ChunkSize(chunk),
+            packs=decoder.packs,
         )
         self.engine = Engine(start, queue)
         self._count = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import numpy as np
 import pytest
@@ -48,10 +49,10 @@ class AnyChunks(ChunkSize):
         self.random = random.Random(3)
         self.told = []
 
-    def tokens(self, *, beside):
+    def tokens(self, beside):
         return self.random.choice([1, 2, 7, 63, 64]) if beside else self.most
 
-    def read(self, tokens, asked, seconds):
+    def read(self, tokens, asked, seconds, *, decoding=0):
         assert 0 < tokens <= asked
         assert seconds > 0
         self.told.append(tokens)
@@ -73,12 +74,13 @@ def assert_nothing_is_left(engine):
     assert not engine.engine._sequences
 
 
+@pytest.mark.parametrize("runs_ahead", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_is_the_same_alone_and_among_32_others_whatever_happens(harness, family):
+def test_greedy_is_the_same_alone_and_among_32_others_whatever_happens(harness, family, runs_ahead):
     """With chunks of any size, preempted in between, and once more after prefix hits."""
     prompts = prompts_of(33)
     want = [alone(harness, family, p, max_tokens=12) for p in prompts[::8]]
-    engine = harness(family, chunks=AnyChunks())
+    engine = harness(family, chunks=AnyChunks(), runs_ahead=runs_ahead)
     for _ in range(2):
         answers = engine.together(prompts, max_tokens=12)
         for _ in range(6):
@@ -107,7 +109,7 @@ def test_greedy_is_the_same_with_a_prefix_hit(harness, family):
 def test_greedy_is_the_same_after_preemption(harness, family):
     prompts = prompts_of(5)
     want = [alone(harness, family, p, max_tokens=40) for p in prompts]
-    engine = harness(family)
+    engine = harness(family, runs_ahead=True)
     answers = engine.together(prompts, max_tokens=40)
     preempted = [engine.engine.call(lambda runner: preempt(engine, runner)) for _ in range(12)]
     assert [a.ids for a in answers] == want
@@ -135,6 +137,45 @@ def test_a_shared_prefix_is_computed_once(harness):
     answers = engine.together(prompts, max_tokens=2)
     computed = sum(a.end.timings.prompt_tokens - a.end.timings.reused for a in answers)
     assert computed == len(prefix) + sum(len(p) - len(prefix) for p in prompts)
+
+
+def test_prompts_that_come_together_are_read_together(harness):
+    engine = harness(chunk=256)
+    prompts = [sequence(50 + i, 20 + i) for i in range(8)]
+    want = [alone(harness, "llama", p) for p in prompts]
+    seen = []
+    build = engine.runner.build
+
+    def watched(batch, inputs, reads):
+        seen.append((len(batch), len(reads)))
+        return build(batch, inputs, reads)
+
+    engine.runner.build = watched
+    assert [a.ids for a in engine.together(prompts)] == want
+    assert seen[0] == (0, 8)
+    assert all(reads == 0 for _, reads in seen[1:])
+
+
+def test_streams_go_on_in_the_forward_that_reads_a_prompt(harness):
+    long = sequence(2, 300)
+    want = alone(harness, "llama", long, max_tokens=4)
+    engine = harness(chunk=64)
+    seen, build = [], engine.runner.build
+
+    def watched(batch, inputs, reads):
+        seen.append((len(batch), len(reads)))
+        return build(batch, inputs, reads)
+
+    engine.runner.build = watched
+    stream = engine.submit(sequence(1, 10), max_tokens=800)
+    while len(stream.events) < 20:
+        time.sleep(0.001)
+    assert engine.submit(long, max_tokens=4).ids == want
+    engine.engine.cancel(stream.id)
+    stream.wait()
+    assert seen.count((1, 1)) > 2
+    assert (0, 1) not in seen[1:]
+    assert_nothing_is_left(engine)
 
 
 def test_timings_say_where_the_prefix_broke(harness):
@@ -283,7 +324,7 @@ def test_a_failing_step_fails_its_requests_and_the_engine_lives(harness, monkeyp
     assert_nothing_is_left(engine)
 
 
-@pytest.mark.parametrize("method", ["admits", "enter", "make_room", "decode", "save"])
+@pytest.mark.parametrize("method", ["admits", "enter", "make_room", "build", "start", "save"])
 def test_whatever_fails_the_engine_serves_on(harness, monkeypatch, method):
     engine = harness(rows=2)
     prompt = sequence(1, 10)
@@ -311,8 +352,9 @@ def test_a_full_queue_refuses_at_once(harness):
     assert len(engine.submit(sequence(1, 10)).ids) == 16
 
 
-def test_cancelling_at_every_stage(harness):
-    engine = harness(rows=2)
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_cancelling_at_every_stage(harness, runs_ahead):
+    engine = harness(rows=2, runs_ahead=runs_ahead)
     waiting = engine.together([sequence(i, 150) for i in range(6)], max_tokens=500)
     for answer in reversed(waiting):
         engine.engine.cancel(answer.id)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from rl_mlx.engine.chunk import ChunkSize
-from rl_mlx.engine.scheduler import Decode, Prefill, Scheduler
+from rl_mlx.engine.scheduler import Scheduler
 from rl_mlx.engine.sequence import Sequence
 from rl_mlx.types import Failed, Finished, Request, SamplingParams
 
@@ -16,23 +16,27 @@ CHUNK, ROWS = 4, 3
 
 def make(name, prompt=6, limit=3, priority=0, events=None):
     events = [] if events is None else events
-    request = Request(
-        id=name, prompt=tuple(range(prompt)), params=SamplingParams(), priority=priority
-    )
+    tokens = tuple(range(prompt)) if isinstance(prompt, int) else tuple(prompt)
+    request = Request(id=name, prompt=tokens, params=SamplingParams(), priority=priority)
     return Sequence(request, events.append, limit, seed=0), events
 
 
-def make_scheduler(rows, admit=lambda s: True):
-    return Scheduler(max_rows=rows, admit=admit, chunks=ChunkSize(CHUNK))
+def make_scheduler(rows, admit=lambda s: True, *, packs=False, most=CHUNK):
+    chunks = ChunkSize(most)
+    for power in range(6):
+        chunks.decoded(1 << power, 1.0)
+    return Scheduler(max_rows=rows, admit=admit, chunks=chunks, packs=packs)
 
 
 class Machine(RuleBasedStateMachine):
     """Plays the loop: plans, pretends to run, reads one step late as the real one does."""
 
+    packs = False
+
     def __init__(self):
         super().__init__()
         self.memory = True
-        self.scheduler = make_scheduler(ROWS, lambda s: self.memory)
+        self.scheduler = make_scheduler(ROWS, lambda s: self.memory, packs=self.packs)
         self.all = []
         self.pending = ()
         self.steps_since_decode = 0
@@ -66,30 +70,40 @@ class Machine(RuleBasedStateMachine):
     def toggle_memory(self):
         self.memory = not self.memory
 
-    @rule(token=st.integers(0, 50))
-    def step(self, token):
+    @rule(token=st.integers(0, 50), drafts=st.booleans())
+    def step(self, token, drafts):
+        while (sequence := self.scheduler.entering()) is not None:
+            assert len(self.rows()) < ROWS
+            used = {s.row for s in self.rows()}
+            sequence.row = next(row for row in range(ROWS) if row not in used)
         waiting_streams = [s for s in self.scheduler.running if not s.saturated]
-        work = self.scheduler.plan()
-        if isinstance(work, Prefill):
-            assert work.sequence.row is not None or len(self.rows()) < ROWS
-            work.sequence.row = 0 if work.sequence.row is None else work.sequence.row
-            work.sequence.cached = min(work.sequence.cached + work.tokens, work.sequence.known)
-            self.steps_since_decode += 1
-            if waiting_streams:
-                assert self.steps_since_decode == 1, "a stream waited longer than one chunk"
+        together = self.packs and not drafts
+        work = self.scheduler.plan(together=together)
+        if work is None:
             self.collect(token)
-            if work.sequence.prefilled:
-                self.scheduler.prefilled()
-                self.take(work.sequence, token)
-        elif isinstance(work, Decode):
-            self.steps_since_decode = 0
-            assert set(work.batch) == set(waiting_streams)
-            for sequence in work.batch:
-                sequence.in_flight += 1
+            return
+        if work.batch and self.pending and self.pending != work.batch:
             self.collect(token)
-            self.pending = work.batch
-        else:
-            self.collect(token)
+            return  # planned again
+        self.steps_since_decode = 0 if work.batch else self.steps_since_decode + 1
+        if waiting_streams:
+            assert self.steps_since_decode < 2, "a stream waited longer than one chunk"
+        assert not work.batch or set(work.batch) == set(waiting_streams)
+        assert together or not (work.batch and work.reads)
+        assert self.packs or len(work.reads) < 2
+        room = CHUNK
+        for read in work.reads:
+            assert 0 < read.tokens <= room
+            room -= min(read.sequence.unread, read.tokens)
+            read.sequence.cached += min(read.sequence.unread, read.tokens)
+        assert all(r.sequence.prefilled for r in work.reads[:-1])
+        self.scheduler.started(work)
+        self.collect(token)
+        new = [r.sequence for r in work.reads if r.sequence.prefilled]
+        assert all(s.is_running for s in new)
+        self.pending = (*work.batch, *new)
+        for sequence in self.pending:
+            sequence.in_flight += 1
 
     def rows(self):
         return [s for s in self.scheduler.everything() if s.row is not None]
@@ -129,12 +143,20 @@ class Machine(RuleBasedStateMachine):
         for _ in range(2000):
             if self.scheduler.idle and not self.pending:
                 break
-            self.step(token=1)
+            self.step(token=1, drafts=False)
         assert all(sequence.done for sequence, _ in self.all), "a request never ended"
 
 
+class PackingMachine(Machine):
+    """The same where prompts are read together, and beside the streams."""
+
+    packs = True
+
+
 TestMachine = Machine.TestCase
-TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPackingMachine = PackingMachine.TestCase
+for case in (TestMachine, TestPackingMachine):
+    case.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 def test_higher_priority_goes_first_and_equals_in_order():
@@ -144,15 +166,49 @@ def test_higher_priority_goes_first_and_equals_in_order():
     assert [s.request.id for s in scheduler.waiting] == ["b", "d", "a", "c"]
 
 
+def run(scheduler):
+    """Everything that is waiting and may enter is read to its end; who that was."""
+    entered = []
+    while (sequence := scheduler.entering()) is not None:
+        sequence.row = len(scheduler.running) + len(entered)
+        entered.append(sequence)
+    while scheduler.reading:
+        work = scheduler.plan(together=True)
+        for read in work.reads:
+            read.sequence.cached += min(read.tokens, read.sequence.unread)
+        scheduler.started(work)
+    return entered
+
+
 def test_who_gave_way_goes_on_before_those_who_came_later():
     scheduler = make_scheduler(2)
     first, second, third = (make(name)[0] for name in "abc")
     for sequence in (first, second):
         scheduler.add(sequence)
-        assert scheduler.plan().sequence is sequence
-        scheduler.prefilled()
-        scheduler.plan()
+        assert run(scheduler) == [sequence]
     scheduler.add(third)
     scheduler.preempt(scheduler.victim())
     assert [s.request.id for s in scheduler.waiting] == ["b", "c"]
     assert not second.is_running
+
+
+def test_short_prompts_are_read_together_as_far_as_a_chunk_goes():
+    scheduler = make_scheduler(8, packs=True, most=100)
+    for name in range(4):
+        scheduler.add(make(str(name), [name] * 40)[0])
+    assert len(run(scheduler)) == 3  # the third one in part
+    assert len(run(scheduler)) == 1
+
+
+def test_who_shares_a_beginning_waits_until_it_is_read():
+    scheduler = make_scheduler(8, packs=True, most=512)
+    start = list(range(60))
+    same, nearly, other = (
+        make(str(n), prompt)[0]
+        for n, prompt in enumerate(([*start, 1], [*start[:15], 99], [*start, 2]))
+    )
+    for sequence in (same, nearly, other):
+        scheduler.add(sequence)
+    assert run(scheduler) == [same, nearly]
+    other.cached = 60  # the prefix tree has it now
+    assert run(scheduler) == [other]

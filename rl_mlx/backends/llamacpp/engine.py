@@ -160,7 +160,7 @@ class Engine:
 
     def _step(self) -> None:
         began = time.perf_counter()
-        decoding = any(slot.is_decoding for slot in self._slots.running)
+        decoding = sum(slot.is_decoding for slot in self._slots.running)
         chunk = self._chunks.tokens(beside=decoding)
         parts = self._plan(chunk)
         if not parts:
@@ -173,7 +173,7 @@ class Engine:
         if prompts:
             self._chunks.read(prompts, chunk, seconds, decoding=decoding)
         else:
-            self._chunks.decoded(seconds)
+            self._chunks.decoded(decoding, seconds)
 
     def _plan(self, chunk: int) -> list[_Part]:
         """Fill the batch: last tokens and their guesses, then ``chunk`` tokens of prompts."""
@@ -220,8 +220,7 @@ class Engine:
         run.forwards += 1
         slot.tokens.extend(part.tokens[: part.sure])
         run.cached = len(slot.tokens)
-        if not run.answer:
-            run.progress()
+        run.progress(run.cached)
         if part.first is None:
             return
         guesses = part.tokens[part.sure :]
