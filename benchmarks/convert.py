@@ -5,9 +5,9 @@
 The models are synthetic llamas, written beside each other in a folder of their own (--folder) and
 removed. Every arm runs in a process of its own, in turn with the others; medians are shown. Times
 are of the work, not of starting Python; ``cached`` is until the call is back, ``on disk`` until the
-bytes that were written are on the disk (fsync). Ratios are of that, the median of those of each
-round. ``cores`` are the seconds that all cores worked, which other programs change less. Peak
-memory is of the process, in MB.
+bytes that were written are on the disk (fsync), as ours are when the call is back. Ratios are of
+that, the median of those of each round. ``cores`` are the seconds that all cores worked, which
+other programs change less. Peak memory is of the process, in MB.
 
 - ``cp``: the system's cp of the GGUF file; ``convert``: GGUF Q4_K_M to an MLX folder.
 - ``naive``: gguf-py decodes, mx.quantize packs (of the file's first --naive-mb, scaled to all).
@@ -238,6 +238,7 @@ def measure_arms(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     source, folder = work / "model.gguf", work / "hf"
     write_gguf(source, options.mb)
     write_folder(folder, options.mb)
+    os.sync()  # nothing of it is left to be written meanwhile
     arms = {
         "cp": (source, 0.0),
         "convert": (source, 0.0),
@@ -263,6 +264,7 @@ def measure_sizes(work: Path, options: argparse.Namespace) -> dict[str, dict[str
     for size in options.sizes:
         source = work / "size.gguf"
         write_gguf(source, size)
+        os.sync()
         mb = source.stat().st_size / 1e6
         times = medians([run("convert", source, work / "out") for _ in range(options.runs)])
         speeds = {"mb_a_second": mb / times["seconds"], "mb_a_core_second": mb / times["cores"]}

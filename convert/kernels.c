@@ -5,10 +5,15 @@
  * host is little-endian. Plain C99 without Python's headers, called through ctypes: kernels.py.
  */
 
+#include <float.h>
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+
+#if FLT_EVAL_METHOD == 1 || FLT_EVAL_METHOD == 2 || FLT_EVAL_METHOD < 0
+#error "float is not computed in float here; NumPy does it right"
+#endif
 
 #if defined(_WIN32)
 #define EXPORT __declspec(dllexport)
@@ -156,7 +161,7 @@ static int Q5_K(const uint8_t *block, size_t count, uint8_t *out, float *scale, 
 
 /* The pairs of scales of Q6_K under one each: the larger, cut in four. A code of 6 bits becomes
  * `(by * code + plus) >> 16`, which is 4 times it for the larger: see _around_zero in lattice.py.
- * All these numbers are integers, and sums of them below 2**24: float32 has them exactly. */
+ * All these numbers are integers, of 24 bits where they are sums: float32 has them exactly. */
 static inline void merge_scales(const float *two, float *step, float *by, float *plus) {
     for (int i = 0; i < 8; i++) {
         const float first = two[2 * i], second = two[2 * i + 1];

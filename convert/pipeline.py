@@ -10,7 +10,7 @@ import shutil
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, Executor, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,9 +275,10 @@ class _Conversion:
         starts = range(0, part.rows, step)
         for first in range(0, len(starts), _ROUND):
             waiting = iter(starts[first : first + _ROUND])
-            shares = [self._pool.submit(share, waiting) for _ in range(THREADS)]
+            helpers = min(THREADS, len(starts) - first) - 1
+            shares = [self._pool.submit(share, waiting) for _ in range(helpers)]
             try:
-                wait(shares, return_when=FIRST_EXCEPTION)
+                share(waiting)
             finally:  # nobody writes any more when this one's place is given away
                 deque(waiting, maxlen=0)
                 wait(shares)
