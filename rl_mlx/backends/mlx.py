@@ -60,7 +60,9 @@ class MLXBackend(Backend):
         device = MLXDevice(memory_total())
         info = _info(files, settings, weights, device)
         draft = find_draft(files, settings.draft)
-        held = info.weight_bytes + (draft.weight_bytes if draft else 0)
+        unpack = _unpacks(info)
+        held = 4 * info.parameters if unpack else info.weight_bytes
+        held += draft.weight_bytes if draft else 0
         rows = settings.parallel or MAX_ROWS
         governor = Governor(device, info.memory_budget, held, _scratch(info, rows))
         governor.check_weights(files.name)
@@ -74,7 +76,7 @@ class MLXBackend(Backend):
         opened = ExitStack()
 
         def start() -> Parts:
-            model = _load(weights, info, exact=settings.dtype == "float32")
+            model = _load(weights, info, exact=settings.dtype == "float32", unpack=unpack)
             weights.close()
             disk = _disk(files, settings, info)
             if disk is not None:
@@ -165,10 +167,18 @@ def _disk(files: ModelFiles, settings: ModelSettings, info: ModelInfo) -> DiskTi
     )
 
 
-def _load(weights: Weights, info: ModelInfo, *, exact: bool) -> Model:
+def _unpacks(info: ModelInfo) -> bool:
+    """Whether packed weights are held as float32. MLX on a CPU multiplies those two times faster,
+    and many times with a good BLAS; only where they take little of the memory.
+    """
+    on_cpu = mx.default_device() == mx.Device(mx.cpu) and info.dtype == "float32"
+    return on_cpu and 4 * info.parameters <= info.memory_budget // 4
+
+
+def _load(weights: Weights, info: ModelInfo, *, exact: bool, unpack: bool) -> Model:
     dtype: FloatType = info.dtype  # type: ignore[assignment]
     if is_ours(weights.config):
-        return load_decoder(weights, info.context, dtype, exact=exact)
+        return load_decoder(weights, info.context, dtype, exact=exact, unpack=unpack)
     from rl_mlx.model.zoo import load_zoo  # noqa: PLC0415  (slow to import)
 
     return load_zoo(weights, dtype)

@@ -86,6 +86,16 @@ class QuantizedMatrix:
             group_size=self.group_size, bits=self.bits, mode=self.mode, sorted_indices=ordered,
         )  # fmt: skip
 
+    def unpacked(self, dtype: mx.Dtype) -> DenseMatrix:
+        """The same numbers as floats."""
+        floats = mx.dequantize(
+            self.weight, self.scales, self.biases,
+            group_size=self.group_size, bits=self.bits, mode=self.mode,
+        )  # fmt: skip
+        dense = DenseMatrix(laid_out(floats.astype(dtype)))
+        mx.eval(dense.weight)
+        return dense
+
     def rows(self, ids: mx.array) -> mx.array:
         """Rows by index, unpacked."""
         biases = None if self.biases is None else self.biases[ids]

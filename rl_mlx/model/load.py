@@ -61,14 +61,19 @@ def is_ours(config: dict[str, Any]) -> bool:
 
 
 def load_decoder(
-    weights: Weights, context: int, dtype: FloatType, *, exact: bool = False
+    weights: Weights,
+    context: int,
+    dtype: FloatType,
+    *,
+    exact: bool = False,
+    unpack: bool = False,
 ) -> Decoder:
     """The decoder of ``weights``, computing in ``dtype``, for sequences of up to ``context``
     tokens.
 
-    ``exact`` keeps dense what no packed container holds to the last bit. Tensors are read and
-    evaluated one block at a time, so the peak is the model plus a block. Raises
-    ``UnsupportedModel`` for an unknown family and ``FormatError`` where config and tensors
+    ``exact`` keeps dense what no packed container holds to the last bit, ``unpack`` everything.
+    Tensors are read and evaluated one block at a time, so the peak is the model plus a block.
+    Raises ``UnsupportedModel`` for an unknown family and ``FormatError`` where config and tensors
     disagree.
     """
     family = str(weights.config.get("model_type"))
@@ -80,7 +85,7 @@ def load_decoder(
         raise FormatError(f"{weights.path}: the configuration lacks {missing}") from missing
     except ZeroDivisionError as error:
         raise FormatError(f"{weights.path}: a divisor of the configuration is 0") from error
-    return _Builder(weights, plan, dtype, exact).decoder()
+    return _Builder(weights, plan, dtype, exact, unpack).decoder()
 
 
 def reload(decoder: Decoder, weights: Weights, dtype: FloatType, name: str) -> Decoder:
@@ -113,9 +118,11 @@ class _Builder:
         plan: DecoderPlan,
         dtype: FloatType,
         exact: bool,
+        unpack: bool = False,
     ) -> None:
         self._weights = weights
         self._exact = exact
+        self._unpack = unpack
         self._plan = plan
         self._float = dtype
         self._dtype = DTYPES[dtype]
@@ -297,10 +304,11 @@ class _Builder:
         biases = None
         if tensor.biases is not None:
             biases = _evaluated(_float_array(tensor.biases, tensor.dtype, self._dtype))
-        return QuantizedMatrix(
+        packed = QuantizedMatrix(
             mx.array(tensor.weight), _evaluated(scales), biases,
             tensor.group_size, tensor.bits, tensor.mode,
         )  # fmt: skip
+        return packed.unpacked(self._dtype) if self._unpack else packed
 
     def _small(self, name: str) -> mx.array:
         """A small tensor, in the compute type."""
