@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rl_mlx.convert.open import open_weights
@@ -24,13 +25,15 @@ class FoundDraft:
     weights: Weights | None
     looks_up: bool
     weight_bytes: int
+    parameters: int
 
-    def load(self, target: ModelInfo, runner: Runner) -> Proposer:
+    def load(self, target: ModelInfo, runner: Runner, *, unpack: bool) -> Proposer:
         """The proposer, whose memory ``runner`` counts; to be called on the engine's thread."""
         if self.weights is None:
             return Lookup()
         dtype: FloatType = target.dtype  # type: ignore[assignment]
-        model = DraftModel(load_decoder(self.weights, target.context, dtype), target.vocab)
+        decoder = load_decoder(self.weights, target.context, dtype, unpack=unpack)
+        model = DraftModel(decoder, target.vocab)
         self.weights.close()
         runner.beside = model.bytes_for
         return Both(Lookup(), model) if self.looks_up else model
@@ -53,7 +56,7 @@ def find_draft(files: ModelFiles, reference: str | None) -> FoundDraft | None:
     if reference == "auto":
         reference = str(shipped) if files.name == "demo" and shipped.exists() else _LOOKUP
     if reference == _LOOKUP:
-        return FoundDraft(weights=None, looks_up=True, weight_bytes=0)
+        return FoundDraft(weights=None, looks_up=True, weight_bytes=0, parameters=0)
     name = reference.removeprefix(f"{_LOOKUP}+")
     draft = resolve(name)
     ours, theirs = Tokenizer.open(files.path), Tokenizer.open(draft.path)
@@ -63,5 +66,9 @@ def find_draft(files: ModelFiles, reference: str | None) -> FoundDraft | None:
             f"{ours.vocab_size} tokens, not the same ones); take a smaller model of the same family"
         )
     weights = open_weights(draft.path)
-    size = sum(weights.nbytes(tensor) for tensor in weights.names())
-    return FoundDraft(weights=weights, looks_up=name != reference, weight_bytes=size)
+    return FoundDraft(
+        weights=weights,
+        looks_up=name != reference,
+        weight_bytes=sum(weights.nbytes(tensor) for tensor in weights.names()),
+        parameters=sum(math.prod(weights.shape(tensor)) for tensor in weights.names()),
+    )

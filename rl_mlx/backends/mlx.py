@@ -39,7 +39,7 @@ from rl_mlx.types import ModelInfo, Request
 
 CHUNK = 512
 """The most prompt tokens read in one step."""
-MAX_ROWS = 32
+MAX_ROWS = 64
 """Sequences at once, where ``parallel`` does not say."""
 
 
@@ -61,8 +61,9 @@ class MLXBackend(Backend):
         info = _info(files, settings, weights, device)
         draft = find_draft(files, settings.draft)
         unpack = _unpacks(info)
-        held = 4 * info.parameters if unpack else info.weight_bytes
-        held += draft.weight_bytes if draft else 0
+        held = sum(
+            4 * m.parameters if unpack else m.weight_bytes for m in (info, draft) if m is not None
+        )
         rows = settings.parallel or MAX_ROWS
         governor = Governor(device, info.memory_budget, held, _scratch(info, rows))
         governor.check_weights(files.name)
@@ -86,7 +87,7 @@ class MLXBackend(Backend):
             scheduler = Scheduler(
                 max_rows=rows, admit=runner.admits, chunks=ChunkSize(CHUNK), packs=runner.packs
             )
-            proposer = draft.load(info, runner) if draft else None
+            proposer = draft.load(info, runner, unpack=unpack) if draft else None
             return runner, scheduler, Speculator(proposer, settings.draft_tokens)
 
         with opened:

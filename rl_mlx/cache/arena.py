@@ -73,6 +73,7 @@ class Arena:
         self._recent: tuple[int, Sequence[int]] = (0, ())
         self._reserved = (0, 0)
         self._copies: list[mx.array] = []
+        self._moved = False
 
     def _empty(self) -> list[KVLayer | StateLayer]:
         return [
@@ -132,6 +133,12 @@ class Arena:
         """
         mx.eval(self._copies)
         self._copies.clear()
+        self._moved = False
+
+    def _settle_moves(self) -> None:
+        """Before anything is evaluated: that would write rows that were moved."""
+        if self._moved:
+            self.settle()
 
     def add_row(self) -> int:
         """Take an empty row into use; it is the last one."""
@@ -145,10 +152,14 @@ class Arena:
 
     def copy_row(self, source: int, target: int) -> None:
         """Make ``target`` a copy of ``source``: a fork, or a move before ``drop_row``."""
-        if source != target:
-            self.lengths[target] = self.lengths[source]
-            for layer in self._layers:
-                layer.copy_row(source, target)
+        if source == target:
+            return
+        self._settle_moves()
+        length = self.lengths[target] = self.lengths[source]
+        copies = [c for layer in self._layers for c in layer.copy_row(source, target, length)]
+        mx.async_eval(*copies)  # type: ignore[no-untyped-call]
+        self._copies += copies
+        self._moved = True
 
     def drop_row(self) -> None:
         """Give the last row back. With none left, the memory goes too."""
@@ -199,6 +210,7 @@ class Arena:
     def take(self, row: int, first: int, last: int) -> Piece:
         """Start copying the tokens ``first .. last - 1`` of a row out; the row keeps them."""
         assert first < last <= self.lengths[row], "only tokens that are there can be taken"
+        self._settle_moves()
         piece = Piece(
             tuple(
                 layer.take(row, first, last)

@@ -77,10 +77,15 @@ class Ring:
         places = mx.arange(first, last) % capacity
         return [mx.take(p[row], places, axis=1) for p in self.planes]
 
-    def copy_row(self, source: int, target: int) -> None:
-        """Make row ``target`` what ``source`` is."""
-        for p in self.planes:
-            p[target] = p[source]
+    def copy_row(self, source: int, target: int, length: int) -> Planes:
+        """Make row ``target`` what the ``length`` tokens of ``source`` are; returns those, which
+        are to be there before the planes can be written in place.
+        """
+        seen = min(length, self.capacity)
+        copies = [mx.contiguous(p[source, :, :seen]) for p in self.planes]
+        for p, copy in zip(self.planes, copies):
+            p[target, :, :seen] = copy
+        return copies
 
 
 @dataclass(frozen=True)
@@ -231,11 +236,10 @@ class KVLayer:
             for ring, planes in zip(self._head, piece.head):
                 ring.put(row, [first], [p[None, :, :count] for p in planes])
 
-    def copy_row(self, source: int, target: int) -> None:
-        """Make row ``target`` what ``source`` is."""
-        for ring in (self.keys, self.values, *self._head):
-            if ring.capacity:
-                ring.copy_row(source, target)
+    def copy_row(self, source: int, target: int, length: int) -> Planes:
+        """See ``Ring.copy_row``."""
+        rings = (self.keys, self.values, *self._head)
+        return [c for ring in rings if ring.capacity for c in ring.copy_row(source, target, length)]
 
     def arrays(self) -> list[mx.array]:
         """All that is held."""
@@ -334,10 +338,12 @@ class StateLayer:
         if self.memory is not None:
             self.memory[row] = state[1]
 
-    def copy_row(self, source: int, target: int) -> None:
-        """Make row ``target`` what ``source`` is."""
-        for array in self.arrays():
-            array[target] = array[source]
+    def copy_row(self, source: int, target: int, length: int) -> Planes:  # noqa: ARG002
+        """As ``Ring.copy_row``; a state has no length."""
+        copies = [mx.contiguous(array[source]) for array in self.arrays()]
+        for array, copy in zip(self.arrays(), copies):
+            array[target] = copy
+        return copies
 
     def clear_row(self, row: int) -> None:
         """A new sequence starts from silence."""
