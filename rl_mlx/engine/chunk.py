@@ -4,11 +4,13 @@ Python.
 
 from __future__ import annotations
 
-STEPS = 1.25
-"""Decode steps that prompt tokens may take while streams wait for them: a gap is then two and a
-quarter, with some room below the three that are promised.
-
-Less would hardly get on where a forward of prompt tokens alone reads all weights once more.
+STEPS = 1.0
+"""Decode steps that prompt tokens may take in the forward that streams go on in: a gap is then two
+steps.
+"""
+APART = 1.5
+"""The same where they take a forward of their own, which reads all weights once more: where that is
+what takes the time, a step would leave room for no token. A gap is two and a half.
 """
 _UNKNOWN = 64  # tokens, where nothing was measured yet
 _WEIGHT = 0.25  # of a new measurement of a decode step
@@ -18,7 +20,7 @@ _LEAST = 0.1  # of a forward, which is the prompt's though a decode step took lo
 
 class ChunkSize:
     """``most`` tokens while nothing else runs; beside running streams, which wait for every chunk,
-    as many as take ``STEPS`` decode steps of so many streams, and at least one.
+    as many as take ``STEPS`` (or ``APART``) decode steps of so many streams, and at least one.
 
     What a token costs is what it cost in the last chunk: so fixed costs count at the size that is
     used, and attention at the depth that was reached. Decode steps are told apart by the power of
@@ -30,9 +32,9 @@ class ChunkSize:
         self._steps: dict[int, float] = {}
         self._token: float | None = None
 
-    def tokens(self, beside: int) -> int:
-        """The size of the next chunk, ``beside`` so many streams; 0 where a step of theirs is to
-        be measured first.
+    def tokens(self, beside: int, *, apart: bool = False) -> int:
+        """The size of the next chunk, ``beside`` so many streams, in their forward or ``apart``;
+        0 where a step of theirs is to be measured first.
         """
         if not beside:
             return self.most
@@ -41,7 +43,8 @@ class ChunkSize:
             return 0
         if self._token is None:
             return min(_UNKNOWN, self.most)
-        return max(1, min(self.most, int(STEPS * step / self._token)))
+        steps = APART if apart else STEPS
+        return max(1, min(self.most, int(steps * step / self._token)))
 
     def decoded(self, streams: int, seconds: float) -> None:
         """A decode step took so long; single outliers hardly count."""

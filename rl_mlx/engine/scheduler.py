@@ -122,7 +122,7 @@ class Scheduler:
         ``together``: whether prompts may be read in the same one that streams go on in.
         """
         batch = self.batch
-        tokens = self.chunks.tokens(len(batch))
+        tokens = self.chunks.tokens(len(batch), apart=not together)
         if batch and self._read_last and not together:
             tokens = 0
         reads = self._share(tokens)

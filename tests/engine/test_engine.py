@@ -49,7 +49,7 @@ class AnyChunks(ChunkSize):
         self.random = random.Random(3)
         self.told = []
 
-    def tokens(self, beside):
+    def tokens(self, beside, *, apart=False):
         return self.random.choice([1, 2, 7, 63, 64]) if beside else self.most
 
     def read(self, tokens, asked, seconds, *, decoding=0):
