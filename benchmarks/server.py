@@ -6,8 +6,8 @@ Parts: ``overhead`` (the same requests by the Python API and over HTTP, at 1 and
 ``clients`` (64 chat clients, us and the peer of that backend), ``gap`` (the time between two tokens
 of one stream while another reads a long prompt). Sides take turns, all loaded; figures are medians.
 mlx-lm's server (``--peer mlx-lm``) needs a folder. The model ``bigger`` is a random one that is
-made here. On a machine that is shared, run it at real-time priority (``chrt -r 1``): with two cores
-and three processes, other work changes who waits for whom.
+made here, in float32 or as ``--quant`` says. On a machine that is shared, run it at real-time
+priority (``chrt -r 1``): with two cores and three processes, other work changes who waits for whom.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from _bigger import write_folder, write_gguf
 from _paired import in_turns, median, parser, ratios, run_parts
 
 from rl_mlx import AsyncLLM
+from rl_mlx.convert import convert
 
 PROMPT = "Tell me a story about a fox who learns to read."
 LONG = "The quick brown fox jumps over the lazy dog. "
@@ -331,11 +332,15 @@ def main() -> None:
     made.add_argument("--prefill", type=int, default=4000, help="tokens of the long prompt")
     made.add_argument("--system", type=int, default=0, help="tokens that all clients begin with")
     made.add_argument("--gap-tokens", type=int, default=400)
+    made.add_argument("--quant", help="of the bigger model on MLX, as `rl-mlx convert` has it: q4")
     options = made.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.model == "bigger":
             write = write_gguf if options.backend == "llama.cpp" else write_folder
             options.model = str(write(Path(folder, "bigger")))
+            if options.quant:
+                convert(options.model, Path(folder, "packed"), quant=options.quant)
+                options.model = str(Path(folder, "packed"))
         measure(options)
 
 

@@ -65,7 +65,7 @@ def _to_disk(*paths: Path) -> None:
     """Wait until files are on the disk: a power cut leaves no hollow one under the final name."""
     for path in paths:
         if path.is_file():
-            with path.open("rb+") as file:
+            with path.open("rb+" if os.name == "nt" else "rb") as file:  # it may be read-only
                 os.fsync(file)
 
 

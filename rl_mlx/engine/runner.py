@@ -139,14 +139,14 @@ class Runner:
     def enter(self, sequence: Sequence, crowd: int) -> None:
         """Give a sequence a row, and start it with what the prefix tree knows of its tokens.
 
-        ``crowd`` rows will be wanted soon: if there is room for them they are made together.
+        ``crowd`` rows will be wanted soon: they are made together where there is room beside what
+        the tree has. Growing row by row, the arena would be copied for each.
         """
-        if self.arena.covers(crowd, 0) or self._fits(self.bytes_for(crowd, sequence.known)):
-            # Growing beside running streams, they would wait.
+        if self.bytes_for(crowd, sequence.known) + self.tree.nbytes <= self._governor.room:
             self.arena.reserve(sequence.known, crowd)
         row = sequence.row = self.arena.add_row()
         self._owners.append(sequence)
-        self.arena.reserve(sequence.known)
+        self.arena.reserve(sequence.known)  # growing beside running streams, they would wait
         tokens = sequence.tokens(
             0, sequence.known - 1
         )  # the last one is always run, for its logits
