@@ -17,9 +17,9 @@ import numpy.typing as npt
 from rl_mlx.convert.gguf.types import GGMLType, ValueType
 
 MetadataValue: TypeAlias = bool | int | float | str | Sequence[str] | npt.NDArray[Any]
-Fields: TypeAlias = dict[str, MetadataValue]
 """What a key may hold: whole numbers become uint32, or the next type that they fit; arrays keep
 their own."""
+Fields: TypeAlias = dict[str, MetadataValue]
 ALIGNMENT = 32
 _NUMBERS: Mapping[type[Any], tuple[ValueType, str]] = {
     bool: (ValueType.BOOL, "<?"),

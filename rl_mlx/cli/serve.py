@@ -32,7 +32,7 @@ class ServerFlags:
         str | None, typer.Option(help="Listen at a Unix socket instead.", metavar="PATH")
     ] = None
     parallel: Annotated[
-        int | None, typer.Option(help="Sequences at once. [MLX 32, llama.cpp 8]", metavar="N")
+        int | None, typer.Option(help="Sequences at once. [MLX 64, llama.cpp 8]", metavar="N")
     ] = None
     keep_alive: Annotated[
         str | None,
