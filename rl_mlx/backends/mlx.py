@@ -29,6 +29,7 @@ from rl_mlx.engine.scheduler import Scheduler
 from rl_mlx.engine.sequence import Sequence
 from rl_mlx.engine.speculate import Speculator
 from rl_mlx.errors import ContextOverflow, InvalidRequest
+from rl_mlx.model.device import on_cpu
 from rl_mlx.model.load import is_ours, load_decoder
 from rl_mlx.model.model import Model
 from rl_mlx.sample.seeds import fresh_seed
@@ -172,8 +173,8 @@ def _unpacks(info: ModelInfo) -> bool:
     """Whether packed weights are held as float32. MLX on a CPU multiplies those two times faster,
     and many times with a good BLAS; only where they take little of the memory.
     """
-    on_cpu = mx.default_device() == mx.Device(mx.cpu) and info.dtype == "float32"
-    return on_cpu and 4 * info.parameters <= info.memory_budget // 4
+    small = 4 * info.parameters <= info.memory_budget // 4
+    return on_cpu() and info.dtype == "float32" and small
 
 
 def _load(weights: Weights, info: ModelInfo, *, exact: bool, unpack: bool) -> Model:
@@ -203,7 +204,7 @@ def _dtype(settings: ModelSettings, weights: Weights) -> FloatType:
     """
     if settings.dtype is not None:
         return settings.dtype  # type: ignore[return-value]
-    if mx.default_device() == mx.Device(mx.cpu):
+    if on_cpu():
         return "float32"
     named = weights.config.get("dtype") or weights.config.get("torch_dtype")
     return named if named in {"float16", "bfloat16"} else "float16"

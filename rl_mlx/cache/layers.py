@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -81,11 +82,8 @@ class Ring:
         """Make row ``target`` what the ``length`` tokens of ``source`` are; returns those, which
         are to be there before the planes can be written in place.
         """
-        seen = min(length, self.capacity)
-        copies = [mx.contiguous(p[source, :, :seen]) for p in self.planes]
-        for p, copy in zip(self.planes, copies):
-            p[target, :, :seen] = copy
-        return copies
+        seen = slice(min(length, self.capacity))
+        return _copied(self.planes, (source, slice(None), seen), (target, slice(None), seen))
 
 
 @dataclass(frozen=True)
@@ -246,6 +244,14 @@ class KVLayer:
         return [p for ring in (self.keys, self.values, *self._head) for p in ring.planes]
 
 
+def _copied(arrays: Planes, source: Any, target: Any) -> Planes:
+    """Copies of what lies at index ``source`` of each array, which are also put at ``target``."""
+    copies = [mx.contiguous(array[source]) for array in arrays]
+    for array, copy in zip(arrays, copies):
+        array[target] = copy
+    return copies
+
+
 def _grouped(planes: Planes) -> Planes:
     """With an axis for the query heads that share a key head."""
     return [p[:, :, None] for p in planes]
@@ -340,10 +346,7 @@ class StateLayer:
 
     def copy_row(self, source: int, target: int, length: int) -> Planes:  # noqa: ARG002
         """As ``Ring.copy_row``; a state has no length."""
-        copies = [mx.contiguous(array[source]) for array in self.arrays()]
-        for array, copy in zip(self.arrays(), copies):
-            array[target] = copy
-        return copies
+        return _copied(self.arrays(), source, target)
 
     def clear_row(self, row: int) -> None:
         """A new sequence starts from silence."""

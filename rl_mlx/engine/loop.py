@@ -162,15 +162,14 @@ class Engine:
         runner, batch = self._runner, work.batch
         reads = tuple((r.sequence, runner.next_length(r.sequence, r.tokens)) for r in work.reads)
         ahead = 1 + (LONGEST if wants_draft else 0)
-        longest = max([n + ahead for n in runner.arena.lengths[: len(batch)]], default=0)
-        longest = max([longest, *(last for _, last in reads)])
+        lengths = [n + ahead for n in runner.arena.lengths[: len(batch)]]
+        longest = max([*lengths, *(last for _, last in reads)])
         if not self._make_room(runner.arena.rows, longest, reads[-1][0] if reads else batch[-1]):
             return
         if wants_draft and self._verify(batch):
             self._scheduler.started(work)
             return
-        if batch:
-            self._speculator.rest(batch)
+        self._speculator.rest(batch)
         self._start(work, reads)
 
     def _start(self, work: Work, reads: tuple[tuple[Sequence, int], ...]) -> None:
@@ -180,8 +179,8 @@ class Engine:
             self._lap()
         count = sum(last - s.cached for s, last in reads)
         inputs = None
-        if before is not None and before.forward.sampled is not None and work.batch:
-            inputs = before.forward.sampled.tokens
+        if before is not None and before.forward.sampled is not None:
+            inputs = before.forward.sampled.tokens  # of this batch, where there is one
         forward = runner.build(work.batch, inputs, reads)
         self._scheduler.started(work)
         if before is not None and (before.forward.sampled is None or not runner.runs_ahead):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import accumulate
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +17,7 @@ from rl_mlx.cache.packed import forward
 from rl_mlx.cache.prefix import BLOCK, PrefixTree
 from rl_mlx.engine.sequence import Sequence
 from rl_mlx.errors import RlMlxError
+from rl_mlx.model.device import on_cpu
 from rl_mlx.model.model import Model
 from rl_mlx.sample.sampler import Row, Sampled, Sampler
 from rl_mlx.sample.verify import Draft
@@ -73,7 +73,7 @@ class Runner:
         self.arena = self._new_arena()
         self.beside: Callable[[int, int], int] = lambda _rows, _length: 0
         """Bytes of another cache (a draft model's) beside an arena of such rows."""
-        self.runs_ahead = mx.default_device() != mx.Device(mx.cpu)
+        self.runs_ahead = not on_cpu()
         """Whether the device works by itself once a forward was started: not on a CPU, where MLX
         hands it out no faster than it is computed.
         """
@@ -173,6 +173,7 @@ class Runner:
         still on the device; and of each sequence of ``reads`` what comes before token ``last``.
         """
         spans, tokens = [], []
+        finished, places, end = [], list(range(len(batch))), len(batch)
         if batch:
             assert all(s.row == row for row, s in enumerate(batch)), "rows with gaps"
             spans.append((0, len(batch), 1))
@@ -181,17 +182,17 @@ class Runner:
             assert s.row is not None, "reading without a row"
             spans.append((s.row, s.row + 1, last - s.cached))
             tokens.append(mx.array(s.tokens(s.cached, last)))
+            end += last - s.cached
+            if last == s.known:
+                finished.append(s)
+                places.append(end - 1)
         hidden = forward(self._model, self.arena, spans, tokens)
         for s, last in [*((s, s.cached + 1) for s in batch), *reads]:
             s.cached = last
             s.forwards += 1
-        ends = accumulate(t.size for t in tokens)
-        last_places = [end - 1 for end in ends][len(tokens) - len(reads) :]
-        done = [(s, place) for (s, _), place in zip(reads, last_places) if s.prefilled]
-        sampling = (*batch, *(s for s, _ in done))
+        sampling = (*batch, *finished)
         if not sampling:
             return Forward((), None, self.arena.marks())
-        places = [*range(len(batch)), *(place for _, place in done)]
         if len(places) < len(hidden):
             hidden = hidden[mx.array(places)]
         sampled = self._sample(sampling, self._model.head(hidden))

@@ -17,6 +17,7 @@ from rl_mlx.convert.recipe import KEEP, Recipe
 from rl_mlx.convert.weights import Dense, FloatType, Tensor, Weights
 from rl_mlx.lab.text import PIECE, log_probs
 from rl_mlx.model.decoder import Decoder
+from rl_mlx.model.device import on_cpu
 from rl_mlx.model.load import layer_of, load_decoder, reload
 
 _DTYPE: FloatType = "float32"
@@ -32,13 +33,12 @@ def kept(weights: Weights, part: Source) -> Holding:
 
 
 class _Changed(Weights):
-    """Weights of which one tensor is another; dense on a CPU, where that is faster."""
+    """Weights of which one tensor is another."""
 
-    def __init__(self, weights: Weights, name: str = "", tensor: Tensor | None = None) -> None:
+    def __init__(self, weights: Weights, name: str, tensor: Tensor) -> None:
         self.path, self.config = weights.path, weights.config
         self._weights = weights
         self._name, self._tensor = name, tensor
-        self._dense = mx.default_device() == mx.Device(mx.cpu)
 
     def names(self) -> list[str]:
         """See ``Weights``, here and below."""
@@ -51,10 +51,9 @@ class _Changed(Weights):
         return self._weights.nbytes(name, exact=exact)
 
     def load(self, name: str, scales: FloatType = "float32", *, exact: bool = False) -> Tensor:
-        if name == self._name and self._tensor is not None:
+        if name == self._name:
             return self._tensor
-        tensor = self._weights.load(name, scales, exact=exact)
-        return Dense(dequantize(tensor), "float32") if self._dense else tensor
+        return self._weights.load(name, scales, exact=exact)
 
     def close(self) -> None:
         self._weights.close()
@@ -66,7 +65,7 @@ class Probe:
     def __init__(self, weights: Weights, tokens: npt.NDArray[np.int32]) -> None:
         self._weights = weights
         self._tokens = mx.array(tokens)
-        self._decoder = load_decoder(_Changed(weights), tokens.shape[1], _DTYPE)
+        self._decoder = load_decoder(weights, tokens.shape[1], _DTYPE, unpack=on_cpu())
         step = self._step(self._decoder)
         self._states = [self._decoder.embed(self._tokens, step)]
         for block in self._decoder.blocks:
@@ -104,7 +103,8 @@ class Probe:
 
     def _kl(self, name: str, tensor: Dense) -> float:
         """Mean divergence of the predictions when ``tensor`` takes the place of ``name``."""
-        decoder = reload(self._decoder, _Changed(self._weights, name, tensor), _DTYPE, name)
+        changed = _Changed(self._weights, name, tensor)
+        decoder = reload(self._decoder, changed, _DTYPE, name, unpack=on_cpu())
         step = self._step(decoder)
         first = layer_of(decoder, name)
         if first is None and name == "lm_head.weight":

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from rl_mlx.convert.weights import Mode
+from rl_mlx.model.device import on_cpu
 from rl_mlx.model.plan import Activation
 
 
@@ -20,7 +21,7 @@ def laid_out(weight: mx.array) -> mx.array:
 
     MLX's BLAS on a plain CPU is twice as fast where the inputs' axis is the outer one.
     """
-    if mx.default_device() != mx.Device(mx.cpu):
+    if not on_cpu():
         return weight
     return mx.contiguous(weight.swapaxes(-1, -2)).swapaxes(-1, -2)
 
@@ -88,15 +89,11 @@ class QuantizedMatrix:
 
     def unpacked(self, dtype: mx.Dtype) -> DenseMatrix:
         """The same numbers as floats."""
-        floats = mx.dequantize(
-            self.weight, self.scales, self.biases,
-            group_size=self.group_size, bits=self.bits, mode=self.mode,
-        )  # fmt: skip
-        dense = DenseMatrix(laid_out(floats.astype(dtype)))
+        dense = DenseMatrix(laid_out(self.rows(slice(None)).astype(dtype)))
         mx.eval(dense.weight)
         return dense
 
-    def rows(self, ids: mx.array) -> mx.array:
+    def rows(self, ids: mx.array | slice) -> mx.array:
         """Rows by index, unpacked."""
         biases = None if self.biases is None else self.biases[ids]
         return mx.dequantize(

@@ -88,12 +88,14 @@ def load_decoder(
     return _Builder(weights, plan, dtype, exact, unpack).decoder()
 
 
-def reload(decoder: Decoder, weights: Weights, dtype: FloatType, name: str) -> Decoder:
+def reload(
+    decoder: Decoder, weights: Weights, dtype: FloatType, name: str, *, unpack: bool = False
+) -> Decoder:
     """``decoder`` with the part that holds the tensor ``name`` read anew, from ``weights``.
 
-    The rest is shared. For experiments with a tensor at a time.
+    The rest is shared; ``unpack`` as for ``load_decoder``. For experiments with a tensor at a time.
     """
-    build = _Builder(weights, decoder.plan, dtype, exact=False)
+    build = _Builder(weights, decoder.plan, dtype, exact=False, unpack=unpack)
     layer = layer_of(decoder, name)
     if layer is None:
         return build.decoder(decoder.blocks)
@@ -118,7 +120,7 @@ class _Builder:
         plan: DecoderPlan,
         dtype: FloatType,
         exact: bool,
-        unpack: bool = False,
+        unpack: bool,
     ) -> None:
         self._weights = weights
         self._exact = exact

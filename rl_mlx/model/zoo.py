@@ -14,6 +14,7 @@ import mlx.core as mx
 from rl_mlx.convert.weights import FloatType, Weights
 from rl_mlx.errors import UnsupportedModel
 from rl_mlx.model.attention import mask_array
+from rl_mlx.model.device import on_cpu
 from rl_mlx.model.load import DTYPES
 from rl_mlx.model.plan import CacheSpec, KVSpec
 from rl_mlx.model.rope import Offset
@@ -34,7 +35,7 @@ def load_zoo(weights: Weights, dtype: FloatType) -> ZooModel:
         )
     from mlx_lm.utils import load_model  # noqa: PLC0415  (slow to import)
 
-    if mx.default_device() == mx.Device(mx.cpu):
+    if on_cpu():
         mx.disable_compile()  # it runs a C++ compiler, which need not be there
     try:
         model, _ = load_model(weights.path, lazy=True, model_config=weights.config)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from rl_mlx.cache.arena import Arena
-from rl_mlx.cache.packed import PackedStep
+from rl_mlx.cache.packed import forward
 from rl_mlx.convert.open import open_weights
 from rl_mlx.model.load import load_decoder
 from rl_mlx.model.plan import StateSpec
-from rl_mlx.model.step import Step
 
 
 def test_packed_tokens_are_what_they_are_apart(
@@ -38,15 +37,9 @@ def test_packed_tokens_are_what_they_are_apart(
         arena.add_row()
         return arena
 
-    tokens = [mx.array(rng.integers(3, 256, (stop - start, n))) for start, stop, n in spans]
+    tokens = [mx.array(rng.integers(3, 256, (stop - start) * n)) for start, stop, n in spans]
     arena = filled()
-    apart = [
-        decoder.forward(ids, arena.begin(*span)).reshape(-1, decoder.plan.hidden)
-        for ids, span in zip(tokens, spans)
-    ]
-    arena = filled()
-    packed = cast(Step, PackedStep([arena.begin(*span) for span in spans]))
-    ids = mx.concatenate([t.reshape(-1, 1) for t in tokens])
-    together = decoder.forward(ids, packed)[:, 0]
+    apart = [forward(decoder, arena, [span], [ids]) for ids, span in zip(tokens, spans)]
+    together = forward(decoder, filled(), spans, tokens)
     want, got = np.array(mx.concatenate(apart)), np.array(together)
     assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
